@@ -1,0 +1,1 @@
+"""Pretraining of DeepSeekMoE-style models on megatron-core."""

@@ -1,0 +1,164 @@
+"""Saving and resuming with megatron-core's distributed checkpoints, which any layout of the same model can load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import Config
+from megatron_moe.checkpoint.state import TrainState
+from megatron_moe.optim.optimizer import load_state
+
+# Every tensor of the optimizer is saved under its parameter's name, so that it loads in any layout
+# (mcore 0.16.1, distrib_optimizer.py, sharded_state_dict).
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
+# What a run may not change on the way: other weights, or another sequence of samples.
+FIXED_OPTIONS = (
+    "model",
+    "data.kind",
+    "data.seed",
+    "data.sequence_length",
+    "data.train",
+    "data.valid_fraction",
+    "data.tokenizer_vocab_size",
+    "precision.dtype",
+    "train.seed",
+    "train.global_batch_size",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpointer:
+    """Checkpoints of one run, in `checkpoints/step_NNNNNNNN` of its folder.
+
+    A save is written beside its final name, which it gets when every rank has finished: what has that name is whole.
+    """
+
+    config: Config
+    model: list[DistributedDataParallel]
+    optimizer: ChainedOptimizer
+
+    @property
+    def folder(self) -> Path:
+        """All checkpoints of the run."""
+        return Path(self.config.run.dir) / "checkpoints"
+
+    def save(self, state: TrainState) -> Path:
+        """Save after `state.step` steps; on all ranks."""
+        final = self.folder / f"step_{state.step:08}"
+        partial = final.with_suffix(".partial")
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(self._sharded_state_dict(is_loading=False), str(partial))
+        if dist.get_rank() == 0:
+            description = {
+                **dataclasses.asdict(state),
+                "world_size": dist.get_world_size(),
+                "config": plain(self.config),
+            }
+            (partial / "state.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            for old in saved_steps(self.folder)[: -self.config.checkpoint.keep_last]:
+                shutil.rmtree(old)
+        dist.barrier()
+        return final
+
+    def load_latest(self) -> TrainState:
+        """Load the newest checkpoint, if there is one and `checkpoint.resume`; on all ranks.
+
+        Raises:
+            ConfigError: the checkpoint is of another model or of other data.
+        """
+        saved = saved_steps(self.folder)
+        if not saved or not self.config.checkpoint.resume:
+            return TrainState()
+        description = json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))
+        check_same_run(description["config"], self.config)
+        same_ranks = description["world_size"] == dist.get_world_size()
+        request = self._sharded_state_dict(is_loading=True, with_rng=same_ranks)
+        loaded = dist_checkpointing.load(request, str(saved[-1]))
+        for name, chunk in self._named_chunks():
+            chunk.load_state_dict(loaded[name])
+        for part, state in zip(self.optimizer.chained_optimizers, loaded["optimizer"], strict=True):
+            load_state(part, state, description["step"])
+        if same_ranks:
+            torch.set_rng_state(loaded["rng"].view(-1))
+        return TrainState(description["step"], description["consumed_samples"])
+
+    def _sharded_state_dict(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
+        state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in self._named_chunks()}
+        # Only the tensors: how many optimizers and groups there are depends on the layout.
+        state["optimizer"] = [
+            part.sharded_state_dict(state, is_loading, metadata=SHARDING)["param_state"]
+            for part in self.optimizer.chained_optimizers
+        ]
+        if with_rng:
+            place = (0, dist.get_rank(), dist.get_world_size())
+            state["rng"] = ShardedTensor.from_rank_offsets("rng", torch.get_rng_state()[None], place)
+        return state
+
+    def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
+        """megatron-core's own names for virtual stages, which its optimizer expects."""
+        if len(self.model) == 1:
+            return [("model", self.model[0].module)]
+        return [(f"model{i}", chunk.module) for i, chunk in enumerate(self.model)]
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """A configuration as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=_enum_value))
+
+
+def check_same_run(saved: dict[str, Any], config: Config) -> None:
+    """Refuse to continue a run with another model or other data.
+
+    Raises:
+        ConfigError: with one line per option that differs.
+    """
+    now = plain(config)
+    problems = [
+        f"{option}={_lookup(now, option)}: {config.run.dir} was trained with {_lookup(saved, option)}"
+        for name in FIXED_OPTIONS
+        for option in _leaves(now, name)
+        if _lookup(saved, option) != _lookup(now, option)
+    ]
+    if problems:
+        fix = "to start another run, give run.name=NEW or checkpoint.resume=false"
+        raise ConfigError(*(f"{problem}; {fix}" for problem in problems))
+
+
+def _leaves(config: dict[str, Any], name: str) -> list[str]:
+    value = _lookup(config, name)
+    return [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
+
+
+def _lookup(config: dict[str, Any], name: str) -> Any:
+    value: Any = config
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _enum_value(value: Enum) -> Any:
+    return value.value

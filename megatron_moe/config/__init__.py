@@ -1,0 +1,1 @@
+"""Options: their types, rules and the way from Hydra to them."""

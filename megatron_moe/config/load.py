@@ -1,0 +1,111 @@
+"""From the command line to a typed `Config`, and every mistake at once. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import Config
+from megatron_moe.config.validate import validate
+from megatron_moe.plan.pipeline import required_world_size
+
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def register_schema() -> None:
+    """Make the typed schema known to Hydra as `schema`."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_config(composed: DictConfig) -> Config:
+    """A typed `Config`, or `ConfigError` for an option that does not exist or is missing.
+
+    Merged into a fresh schema, because Hydra's `+key=value` opens the composed one.
+    """
+    plain = OmegaConf.to_container(composed, resolve=True)
+    plain.pop("hydra", None)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
+
+
+def compose_config(overrides: Sequence[str]) -> Config:
+    """Compose `conf/pretrain.yaml` with overrides, as `pretrain.py` does.
+
+    Raises:
+        ConfigError: with one line for each override that is wrong.
+    """
+    try:
+        return _compose(overrides)
+    except (ConfigError, *COMPOSITION_ERRORS):
+        raise explain(overrides) from None
+
+
+def explain(arguments: Sequence[str]) -> ConfigError:
+    """Everything that is wrong with a command line that did not compose.
+
+    Each override is tried on top of those that work, config groups first, and the rules between options are checked
+    on what is left, so that the user sees all of it at once.
+    """
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    accepted: list[str] = []
+    problems = []
+    for override in sorted(overrides, key=lambda o: not _is_group(o)):
+        try:
+            _compose([*accepted, override])
+            accepted.append(override)
+        except (ConfigError, *COMPOSITION_ERRORS) as error:
+            problems.append(f"{override}: {_first_line(error)}{_suggestion(override)}")
+    return ConfigError(*problems, *_rule_problems(accepted))
+
+
+def _rule_problems(overrides: list[str]) -> tuple[str, ...]:
+    try:
+        config = _compose(overrides)
+        validate(config, required_world_size(config.parallel))
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def _suggestion(override: str) -> str:
+    """What exists under a similar name."""
+    name, _, value = override.lstrip("+~").partition("=")
+    if (CONF_DIR / name).is_dir():
+        choices = sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
+        return f"; {name} is one of: {', '.join(choices)}"
+    options = [f"{g.name}.{o.name}" for g in fields(Config) for o in fields(g.default_factory)]
+    close = difflib.get_close_matches(name, options, n=1)
+    return f"; did you mean {close[0]}?" if close and close[0] != name else ""
+
+
+def _is_group(override: str) -> bool:
+    name = override.lstrip("+~").split("=", 1)[0].split("@")[0]
+    return (CONF_DIR / name).is_dir()
+
+
+def _compose(overrides: Sequence[str]) -> Config:
+    register_schema()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        composed = compose("pretrain", list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(composed)
+        return to_config(composed)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

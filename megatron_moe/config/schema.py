@@ -1,0 +1,207 @@
+"""Every option, typed and documented. Imports no torch, so that `--cfg job` answers at once.
+
+A name that lands in a megatron-core field is megatron-core's; else the paper's (arXiv:2401.06066); else the field's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+
+class Attention(Enum):
+    """Multi-head attention (DeepSeekMoE) or multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, 2.1)."""
+
+    mha = "mha"
+    mla = "mla"
+
+
+class Dtype(Enum):
+    """Type of parameters and activations. The router, optimizer state and gradient sums are fp32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class DataKind(Enum):
+    """Where tokens come from."""
+
+    python_stdlib = "python_stdlib"
+    mock = "mock"
+    blend = "blend"
+
+
+class DecayUnit(Enum):
+    """What the milestones of the schedule are fractions of."""
+
+    steps = "steps"
+    tokens = "tokens"
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where a run lives. `name` has no clock in it: every rank, and every restart, must find the same folder."""
+
+    name: str = MISSING
+    dir: str = "runs/${run.name}"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Sizes and routing of a DeepSeekMoE.
+
+    `num_experts` counts routed experts only. Device groups are what the device-level balance loss balances:
+    contiguous groups of experts, by default (null) the expert-parallel ranks.
+    """
+
+    name: str = MISSING
+    num_layers: int = MISSING
+    num_dense_layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    num_attention_heads: int = MISSING
+    kv_channels: int = 128
+    vocab_size: int = MISSING
+    num_experts: int = MISSING
+    num_shared_experts: int = MISSING
+    expert_ffn_hidden_size: int = MISSING
+    router_topk: int = MISSING
+    routed_scaling_factor: float = 1.0
+    expert_balance_factor: float = MISSING
+    device_balance_factor: float = 0.0
+    num_device_groups: int | None = None
+    attention: Attention = Attention.mha
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 512
+    qk_head_dim: int = 128
+    qk_pos_emb_head_dim: int = 64
+    v_head_dim: int = 128
+    rotary_base: int = 10000
+    layernorm_epsilon: float = 1e-6
+    init_method_std: float = 0.006
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model lies on the ranks. `data_parallel_size` null: as many replicas as the launcher's ranks allow.
+
+    `pipeline_layout` lists the layers of each stage in pipeline order, one number per stage and virtual stage; null
+    spreads them evenly, the embedding and the head each counting as one layer.
+    """
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: int = 1
+    pipeline_layout: list[int] | None = None
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int = 1
+    data_parallel_size: int | None = None
+    timeout_minutes: float = 10.0
+
+
+@dataclass(kw_only=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    dtype: Dtype = Dtype.fp32
+
+
+@dataclass(kw_only=True)
+class DataSource:
+    """One indexed dataset: the path of its .bin and .idx without the ending, and its share of the samples."""
+
+    path: str = MISSING
+    weight: float = 1.0
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Training and held-out tokens. `train` and `valid` are for `blend`, the tokenizer options for `python_stdlib`."""
+
+    kind: DataKind = DataKind.python_stdlib
+    sequence_length: int = MISSING
+    seed: int = 1234
+    cache_dir: str = "data_cache"
+    tokenizer_vocab_size: int = 8192
+    valid_fraction: float = 0.05
+    train: list[DataSource] = field(default_factory=list)
+    valid: list[DataSource] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW (paper, 4.1.3). Weight decay acts on matrices, not on norms."""
+
+    lr: float = MISSING
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_grad: float = 1.0
+
+
+@dataclass(kw_only=True)
+class SchedulerConfig:
+    """Linear warm-up from 0, then `lr` times `decay_factor` at each milestone (paper, 4.1.3). No milestones: constant."""
+
+    warmup_steps: int = MISSING
+    milestones: list[float] = field(default_factory=list)
+    decay_factor: float = 0.316
+    unit: DecayUnit = DecayUnit.steps
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """The loop. `exit_step` saves and stops there, as if preempted; the schedule still aims at `train_steps`."""
+
+    train_steps: int = MISSING
+    exit_step: int | None = None
+    global_batch_size: int = MISSING
+    micro_batch_size: int = MISSING
+    seed: int = 1234
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """Loss on held-out data every `interval` steps and at the end, over `num_samples` sequences (null: all)."""
+
+    interval: int = 100
+    num_samples: int | None = None
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Saving every `save_interval` steps and at the end. With `resume`, a run goes on from its latest checkpoint."""
+
+    save_interval: int = 500
+    keep_last: int = 2
+    resume: bool = True
+
+
+@dataclass(kw_only=True)
+class LoggerConfig:
+    """Console, `metrics.jsonl` in the run folder and, if `wandb`, Weights & Biases."""
+
+    log_interval: int = 10
+    wandb: bool = False
+    wandb_project: str = "megatron-moe"
+
+
+@dataclass(kw_only=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)

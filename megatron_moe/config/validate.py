@@ -1,0 +1,241 @@
+"""Rules between options. Pure; imports no torch. Every problem is collected, none stops the search for others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import Attention, Config, DataKind
+from megatron_moe.plan.pipeline import model_parallel_size, num_chunks, num_micro_batches
+
+POSITIVE = {
+    "model": (
+        "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels vocab_size num_experts "
+        "expert_ffn_hidden_size router_topk num_device_groups kv_lora_rank q_lora_rank qk_head_dim "
+        "qk_pos_emb_head_dim v_head_dim init_method_std layernorm_epsilon rotary_base routed_scaling_factor"
+    ),
+    "parallel": (
+        "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
+        "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
+        "timeout_minutes"
+    ),
+    "data": "sequence_length tokenizer_vocab_size valid_fraction",
+    "optimizer": "lr adam_eps clip_grad",
+    "train": "train_steps exit_step global_batch_size micro_batch_size",
+    "evaluation": "interval num_samples",
+    "checkpoint": "save_interval keep_last",
+    "logger": "log_interval",
+}
+NOT_NEGATIVE = {
+    "model": "num_dense_layers num_shared_experts expert_balance_factor device_balance_factor",
+    "optimizer": "weight_decay adam_beta1 adam_beta2",
+    "scheduler": "warmup_steps decay_factor",
+    "train": "seed",
+    "data": "seed",
+}
+
+
+def validate(config: Config, world_size: int) -> None:
+    """Check a configuration for a number of ranks.
+
+    Args:
+        config: typed, options in place.
+        world_size: ranks that will run it.
+
+    Raises:
+        ConfigError: with one line per problem: option, value, rule, what would work.
+    """
+    problems = [*_sign_problems(config)]
+    if not problems:  # the rules below divide
+        for rule in (_run, _model, _placement, _pipeline, _ranks, _data, _schedule):
+            problems += rule(config, world_size)
+    if problems:
+        raise ConfigError(*problems)
+
+
+def divisors(number: int) -> str:
+    """All divisors of a number, as text."""
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _sign_problems(config: Config) -> Iterator[str]:
+    for table, is_wrong, rule in (
+        (POSITIVE, lambda value: value <= 0, "must be positive"),
+        (NOT_NEGATIVE, lambda value: value < 0, "must not be negative"),
+    ):
+        for group, names in table.items():
+            for name in names.split():
+                value = getattr(getattr(config, group), name)
+                if value is not None and is_wrong(value):
+                    yield f"{group}.{name}={value}: {rule}"
+
+
+def _divides(config: Config, part: str, whole: str) -> Iterator[str]:
+    part_value, whole_value = (_option(config, name) for name in (part, whole))
+    if whole_value % part_value:
+        yield f"{part}={part_value}: must divide {whole}={whole_value}; possible: {divisors(whole_value)}"
+
+
+def _option(config: Config, name: str) -> int:
+    group, option = name.split(".")
+    return getattr(getattr(config, group), option)
+
+
+def _run(config: Config, world_size: int) -> Iterator[str]:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]*", config.run.name):
+        yield (
+            f"run.name={config.run.name!r}: letters, digits and any of _ . = , + - only, and no leading dot "
+            "(it is a folder's name)"
+        )
+
+
+def _model(config: Config, world_size: int) -> Iterator[str]:
+    model = config.model
+    if model.router_topk > model.num_experts:
+        yield f"model.router_topk={model.router_topk}: there are only model.num_experts={model.num_experts}"
+    if model.num_dense_layers >= model.num_layers:
+        yield (
+            f"model.num_dense_layers={model.num_dense_layers}: must be below model.num_layers={model.num_layers}, "
+            "or no layer has experts"
+        )
+    if model.attention is Attention.mha and model.kv_channels % 2:
+        yield f"model.kv_channels={model.kv_channels}: must be even, rotary embedding turns pairs"
+    if model.num_device_groups is not None:
+        yield from _divides(config, "model.num_device_groups", "model.num_experts")
+
+
+def _placement(config: Config, world_size: int) -> Iterator[str]:
+    yield from _divides(config, "parallel.expert_model_parallel_size", "model.num_experts")
+    for whole in ("num_attention_heads", "vocab_size", "ffn_hidden_size"):
+        yield from _divides(config, "parallel.tensor_model_parallel_size", f"model.{whole}")
+    yield from _divides(config, "parallel.expert_tensor_parallel_size", "model.expert_ffn_hidden_size")
+    shared_width = config.model.num_shared_experts * config.model.expert_ffn_hidden_size
+    tensor = config.parallel.tensor_model_parallel_size
+    if shared_width % tensor:
+        yield (
+            f"parallel.tensor_model_parallel_size={tensor}: must divide the shared experts' width {shared_width}; "
+            f"possible: {divisors(shared_width)}"
+        )
+    context = config.parallel.context_parallel_size
+    slices = tensor * (2 * context if context > 1 else 1)
+    if config.data.sequence_length % slices:
+        yield (
+            f"data.sequence_length={config.data.sequence_length}: must be a multiple of {slices} (tensor_model_parallel"
+            f"_size={tensor} slices of {'two chunks for each of ' if context > 1 else ''}context_parallel_size={context})"
+        )
+
+
+def _pipeline(config: Config, world_size: int) -> Iterator[str]:
+    model, parallel = config.model, config.parallel
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    chunks = num_chunks(parallel)
+    if virtual > 1 and stages == 1:
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size={virtual}: needs "
+            "parallel.pipeline_model_parallel_size of at least 2"
+        )
+    layout = parallel.pipeline_layout
+    if layout is None:
+        if chunks > model.num_layers:
+            yield (
+                f"parallel.pipeline_model_parallel_size={stages} x virtual_pipeline_model_parallel_size={virtual}: "
+                f"{chunks} stages for model.num_layers={model.num_layers}, and none may be empty; at most "
+                f"{model.num_layers}"
+            )
+    elif len(layout) != chunks or sum(layout) != model.num_layers or min(layout) < 1:
+        yield (
+            f"parallel.pipeline_layout={list(layout)}: must list {chunks} numbers (pipeline_model_parallel_size="
+            f"{stages} x virtual_pipeline_model_parallel_size={virtual}), each at least 1, that add up to "
+            f"model.num_layers={model.num_layers}"
+        )
+
+
+def _ranks(config: Config, world_size: int) -> Iterator[str]:
+    parallel, train = config.parallel, config.train
+    replica = model_parallel_size(parallel)
+    if world_size % replica:
+        yield (
+            f"{world_size} ranks: must be a multiple of {replica} (tensor_model_parallel_size="
+            f"{parallel.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{parallel.pipeline_model_parallel_size} x context_parallel_size={parallel.context_parallel_size})"
+        )
+        return
+    replicas = world_size // replica
+    if parallel.data_parallel_size not in (None, replicas):
+        yield (
+            f"parallel.data_parallel_size={parallel.data_parallel_size}: {world_size} ranks hold {replicas} replicas of "
+            f"{replica} ranks; start {replica * parallel.data_parallel_size} ranks, or leave it null"
+        )
+    per_stage = world_size // parallel.pipeline_model_parallel_size
+    expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    if per_stage % expert_ranks:
+        yield (
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} x expert_tensor_parallel_size="
+            f"{parallel.expert_tensor_parallel_size}: must divide the {per_stage} ranks of a pipeline stage; "
+            f"possible: {divisors(per_stage)}"
+        )
+    at_once = train.micro_batch_size * replicas
+    if train.global_batch_size % at_once:
+        below = train.global_batch_size // at_once * at_once
+        yield (
+            f"train.global_batch_size={train.global_batch_size}: must be a multiple of {at_once} (micro_batch_size="
+            f"{train.micro_batch_size} x data_parallel_size={replicas}); nearest: {below or at_once}, {below + at_once}"
+        )
+    elif parallel.virtual_pipeline_model_parallel_size > 1:
+        yield from _interleaving(config, world_size)
+
+
+def _interleaving(config: Config, world_size: int) -> Iterator[str]:
+    micro_batches = num_micro_batches(config, world_size)
+    stages = config.parallel.pipeline_model_parallel_size
+    if micro_batches % stages:
+        yield (
+            f"train.global_batch_size={config.train.global_batch_size}: gives {micro_batches} micro batches a rank; the "
+            f"interleaved schedule needs a multiple of parallel.pipeline_model_parallel_size={stages}"
+        )
+
+
+def _data(config: Config, world_size: int) -> Iterator[str]:
+    data, vocab_size = config.data, config.model.vocab_size
+    if data.kind is DataKind.python_stdlib:
+        if data.tokenizer_vocab_size > vocab_size:
+            yield (
+                f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: must not exceed model.vocab_size={vocab_size}"
+            )
+        if data.tokenizer_vocab_size < 260:
+            yield (
+                f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level tokenizer needs at least 260 "
+                "entries (256 bytes and the special tokens)"
+            )
+        if data.valid_fraction >= 1:
+            yield f"data.valid_fraction={data.valid_fraction}: must be below 1"
+    if data.kind is DataKind.blend:
+        if not data.train:
+            yield "data.train=[]: data=blend needs at least one {path: PREFIX, weight: W}"
+        for name, sources in (("train", data.train), ("valid", data.valid)):
+            yield from _source_problems(f"data.{name}", sources)
+    elif data.train or data.valid:
+        yield f"data.train, data.valid: only data=blend reads them; data.kind is {data.kind.value}"
+
+
+def _source_problems(option: str, sources: list) -> Iterator[str]:
+    for source in sources:
+        missing = [f"{source.path}{ending}" for ending in (".bin", ".idx") if not Path(f"{source.path}{ending}").is_file()]
+        if missing:
+            yield (
+                f"{option} path={source.path}: no such file: {', '.join(missing)}; give the path without its ending "
+                "(tools/preprocess_data.py writes both files)"
+            )
+        if source.weight <= 0:
+            yield f"{option} path={source.path} weight={source.weight}: must be positive"
+
+
+def _schedule(config: Config, world_size: int) -> Iterator[str]:
+    milestones = list(config.scheduler.milestones)
+    if milestones != sorted(milestones) or not all(0 < m <= 1 for m in milestones):
+        yield f"scheduler.milestones={milestones}: must rise within 0 and 1, as fractions of the run"
+    train = config.train
+    if train.exit_step is not None and train.exit_step > train.train_steps:
+        yield f"train.exit_step={train.exit_step}: must not exceed train.train_steps={train.train_steps}"

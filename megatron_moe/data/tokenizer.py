@@ -1,0 +1,53 @@
+"""Byte-level BPE with Hugging Face tokenizers, as in the paper (4.1.1). Only `tokenizer.json` is read: no code runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from megatron_moe.config.errors import ConfigError
+
+BEGIN_OF_SENTENCE = "<｜begin▁of▁sentence｜>"
+END_OF_SENTENCE = "<｜end▁of▁sentence｜>"  # names of the released tokenizer (deepseek-moe-16b-base)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of exactly `vocab_size` entries or fewer if the texts hold no more; the same for the same texts."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BEGIN_OF_SENTENCE, END_OF_SENTENCE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load `tokenizer.json`, given itself or its folder.
+
+    Raises:
+        ConfigError: there is none, or it is not a tokenizer.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(f"tokenizer {file}: {error}") from None
+
+
+def end_of_document(tokenizer: Tokenizer) -> int:
+    """Id of the token that ends a document.
+
+    Raises:
+        ConfigError: the tokenizer has no end-of-sentence token of a known name.
+    """
+    for name in (END_OF_SENTENCE, "</s>", "<|endoftext|>", "<|end_of_text|>"):
+        if (token := tokenizer.token_to_id(name)) is not None:
+            return token
+    raise ConfigError(f"tokenizer: no end-of-sentence token; one of {END_OF_SENTENCE}, </s>, <|endoftext|> is needed")

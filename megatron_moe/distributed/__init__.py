@@ -1,0 +1,1 @@
+"""Ranks: local workers, process groups, megatron-core on a CPU."""

@@ -1,0 +1,113 @@
+"""Process groups: the only place that reads rank variables and megatron-core's `parallel_state`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+
+from megatron_moe.config.schema import ParallelConfig
+from megatron_moe.distributed import cpu, without_te
+
+
+@dataclass(frozen=True)
+class DistributedContext:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    pg_collection: ProcessGroupCollection
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank prints and writes."""
+        return self.rank == 0
+
+
+@contextmanager
+def distributed(parallel: ParallelConfig, *, init_method: str = "env://") -> Iterator[DistributedContext]:
+    """Join the other ranks: NCCL where every local rank has a GPU, else gloo and megatron-core on CPUs.
+
+    Args:
+        parallel: sizes of the groups; their product must fit the number of ranks (config/validate.py checks it).
+        init_method: rendezvous for `torch.distributed.init_process_group`.
+
+    Yields:
+        The context; all groups exist and have communicated once, so that none hangs on first use in mid-step.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = _local_device()
+    if not without_te.has_transformer_engine():
+        without_te.install()
+    _init_process_group(device, rank, world_size, init_method, timedelta(minutes=parallel.timeout_minutes))
+    try:
+        pg_collection = _init_model_parallel(parallel)
+        _communicate_once(pg_collection, device)
+        yield DistributedContext(rank, world_size, device, pg_collection)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _local_device() -> torch.device:
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    cpu.install()
+    return cpu.CPU
+
+
+def _init_process_group(
+    device: torch.device, rank: int, world_size: int, init_method: str, timeout: timedelta
+) -> None:
+    if world_size == 1:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.HashStore(),
+            rank=0,
+            world_size=1,
+        )
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+
+
+def _init_model_parallel(parallel: ParallelConfig) -> ProcessGroupCollection:
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=parallel.timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    # A null tracker: there is no dropout, so nothing random happens after initialization, which has its own generators.
+    initialize_rng_tracker(inference_rng_tracker=True)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _communicate_once(pg_collection: ProcessGroupCollection, device: torch.device) -> None:
+    for field in fields(pg_collection):
+        group = getattr(pg_collection, field.name)
+        if isinstance(group, dist.ProcessGroup):
+            dist.all_reduce(torch.ones(1, device=device), group=group)

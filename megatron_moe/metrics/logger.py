@@ -1,0 +1,104 @@
+"""Where a run's numbers go: the console, metrics.jsonl and, if asked for, Weights & Biases. Rank 0 only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import netrc
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from megatron_moe.config.schema import Config
+from megatron_moe.metrics.throughput import format_duration
+
+Metrics = dict[str, Any]
+
+
+class MetricLogger:
+    """Writes one JSON object per logged step; a resumed run continues the file without repeating a step."""
+
+    def __init__(self, config: Config, *, first_step: int) -> None:
+        path = Path(config.run.dir) / "metrics.jsonl"
+        _drop_after(path, first_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._wandb = start_wandb(config) if config.logger.wandb else None
+
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Write one step's metrics. Lists (loads of experts) go to the file only: wandb keys stay few."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({key: value for key, value in metrics.items() if _is_scalar(value)}, step=step)
+
+
+def progress_line(step: int, total_steps: int, metrics: Metrics) -> str:
+    """The line a person watches."""
+    left = (total_steps - step) * metrics["speed/step_time_s"]
+    return (
+        f"step {step:>{len(str(total_steps))}}/{total_steps}"
+        f" | lm_loss {metrics['train/lm_loss']:.4f}"
+        f" | balance {metrics['train/expert_balance_loss']:.4f} expert {metrics['train/device_balance_loss']:.4f} device"
+        f" | max violation {metrics['moe/max_violation']:.2f}"
+        f" | lr {metrics['train/lr']:.2e}"
+        f" | grad norm {metrics['train/grad_norm']:.3f}"
+        f" | {metrics['speed/tokens_per_second']:,.0f} tokens/s"
+        f" | {format_duration(left)} left"
+    )
+
+
+def start_wandb(config: Config) -> Any:
+    """A wandb run in the run's folder; offline, with no network call, when no key is set."""
+    import wandb
+
+    offline = not has_wandb_key()
+    return wandb.init(
+        project=config.logger.wandb_project,
+        name=config.run.name,
+        dir=config.run.dir,
+        config=dataclasses.asdict(config),
+        mode=os.environ.get("WANDB_MODE", "offline" if offline else "online"),
+    )
+
+
+def has_wandb_key() -> bool:
+    """Whether a key for wandb is in the environment or in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        hosts = netrc.netrc().hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return any("wandb" in host for host in hosts)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Forget steps that were logged after the checkpoint that the run resumes from."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _step_of(line) <= step]
+    if len(kept) < len(lines):
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # cut off by a crash

@@ -1,0 +1,1 @@
+"""The DeepSeekMoE model on megatron-core."""

@@ -1,0 +1,70 @@
+"""Which modules the model is built of: megatron-core's, with our router, and our core attention without TE."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.distributed.without_te import has_transformer_engine
+from megatron_moe.model.attention import ScaledDotProductAttention
+from megatron_moe.model.norm import RMSNorm
+from megatron_moe.model.router import BalanceLossConfig, router_builder
+
+
+def use_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed and there is a GPU for it."""
+    return torch.cuda.is_available() and has_transformer_engine()
+
+
+def check_apex() -> None:
+    """Refuse the web toolkit that PyPI distributes as `apex`.
+
+    Raises:
+        ConfigError: another `apex` than NVIDIA's is installed; megatron-core would take it for NVIDIA's and fail.
+    """
+    if importlib.util.find_spec("apex") is None:
+        return
+    if importlib.util.find_spec("apex.optimizers") is None:
+        raise ConfigError(
+            "the installed `apex` is the web toolkit of PyPI, not NVIDIA Apex: `pip uninstall apex` "
+            "(Apex is optional; NVIDIA's is built from github.com/NVIDIA/apex)"
+        )
+
+
+def block_spec(
+    config: TransformerConfig, balance: BalanceLossConfig, *, vp_stage: int | None, pp_rank: int
+) -> TransformerBlockSubmodules:
+    """The layers of one model chunk."""
+    with_te = use_transformer_engine()
+    spec = get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=with_te,
+        normalization=config.normalization,
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+    )
+    if not with_te:
+        _replace_local_modules(spec)
+    for layer in spec.layer_specs:
+        if hasattr(layer.submodules.mlp.submodules, "router"):
+            layer.submodules.mlp.submodules.router = router_builder(balance)
+    return spec
+
+
+def _replace_local_modules(spec: TransformerBlockSubmodules) -> None:
+    """Our norm and core attention for megatron-core's, which know no sequence or context parallelism."""
+    spec.layer_norm = RMSNorm
+    for layer in spec.layer_specs:
+        layer.submodules.input_layernorm = RMSNorm
+        layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = ScaledDotProductAttention
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(attention, name, IdentityOp) is not IdentityOp:
+                setattr(attention, name, RMSNorm)

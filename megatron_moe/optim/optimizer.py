@@ -1,0 +1,94 @@
+"""AdamW in megatron-core's distributed optimizer."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    DistributedOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_moe.config.schema import Config, Dtype
+
+
+def build_optimizer(
+    config: Config, model: list[DistributedDataParallel], pg_collection: ProcessGroupCollection
+) -> ChainedOptimizer:
+    """AdamW with weight decay on matrices only, its state sharded over the data-parallel ranks.
+
+    Without Transformer Engine and Apex megatron-core takes `torch.optim.AdamW` with its slow default loop; the fused
+    kernel, which computes the same, is switched on.
+    """
+    options = config.optimizer
+    bf16 = config.precision.dtype is Dtype.bf16
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=options.lr,
+        min_lr=0.0,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        use_distributed_optimizer=True,
+    )
+    optimizer = get_megatron_optimizer(
+        optimizer_config,
+        model,
+        config_overrides=get_standard_config_overrides(optimizer_config),
+        use_gloo_process_groups=False,
+        pg_collection=pg_collection,
+    )
+    for part in optimizer.chained_optimizers:
+        _prepare(part)
+    return optimizer
+
+
+def _prepare(part: DistributedOptimizer) -> None:
+    """Switch on the fused kernel, and allocate the state now rather than in the first step, so that it can be loaded."""
+    if isinstance(part.optimizer, torch.optim.AdamW):
+        for group in part.optimizer.param_groups:
+            group["fused"] = True
+    part.init_state_fn(part.optimizer, part.config)
+    _set_step(part, 0)
+
+
+def load_state(part: DistributedOptimizer, tensors: dict[int, dict[str, Tensor]], step: int) -> None:
+    """Take over loaded main parameters and moments, and the number of updates done.
+
+    megatron-core 0.16.1 copies every entry of torch's state and finds no saved "step" (distrib_optimizer.py:940), so
+    that entry is away meanwhile.
+    """
+    for state in part.optimizer.state.values():
+        state.pop("step", None)
+    part.load_parameter_state_from_fully_reshardable(tensors)
+    _set_step(part, step)
+
+
+def _set_step(part: DistributedOptimizer, step: int) -> None:
+    """Set the number of updates done, which AdamW's bias correction depends on.
+
+    Torch keeps it with each parameter, the fused optimizers of Apex and Transformer Engine with each group.
+    megatron-core's own loading (0.16.1, distrib_optimizer.py:839) gives all parameters one tensor, which torch then
+    increments once per parameter; here each has its own.
+    """
+    for group in part.optimizer.param_groups:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            for param in group["params"]:
+                part.optimizer.state[param]["step"] = torch.tensor(float(step), device=param.device)
+        else:
+            group["step"] = step
+
+
+def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:
+    """Set the learning rate of the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

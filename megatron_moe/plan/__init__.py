@@ -1,0 +1,1 @@
+"""Pure arithmetic on a configuration: parameters, placement."""

@@ -1,0 +1,194 @@
+"""The training run, top to bottom in the order it happens."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer
+
+from megatron_moe.checkpoint.checkpointer import Checkpointer
+from megatron_moe.checkpoint.state import TrainState
+from megatron_moe.config.schema import Config
+from megatron_moe.data.dataset import SequenceDataset, build_datasets, unigram_entropy
+from megatron_moe.data.sampler import micro_batches
+from megatron_moe.distributed.context import DistributedContext
+from megatron_moe.metrics.logger import MetricLogger, Metrics, progress_line
+from megatron_moe.metrics.throughput import Throughput
+from megatron_moe.model.build import build_model
+from megatron_moe.optim.optimizer import build_optimizer, set_learning_rate
+from megatron_moe.optim.scheduler import learning_rate
+from megatron_moe.plan.pipeline import num_micro_batches
+from megatron_moe.train.evaluate import held_out_loss
+from megatron_moe.train.report import print_start, step_metrics, write_run_files
+from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the loop works with."""
+
+    config: Config
+    context: DistributedContext
+    train_data: SequenceDataset
+    valid_data: SequenceDataset | None
+    pipeline: Pipeline
+    optimizer: ChainedOptimizer
+    checkpointer: Checkpointer
+    state: TrainState
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this process stops."""
+        return self.config.train.exit_step or self.config.train.train_steps
+
+    def is_due(self, interval: int) -> bool:
+        """Whether something that happens every `interval` steps, and at the end, happens after this step."""
+        return self.state.step % interval == 0 or self.state.step == self.last_step
+
+    def say(self, text: str) -> None:
+        """Print on the main rank."""
+        if self.context.is_main:
+            print(text, flush=True)
+
+
+def train(config: Config, context: DistributedContext, overrides: list[str]) -> None:
+    """Train to `train.train_steps`, or to `train.exit_step`, from the latest checkpoint if there is one.
+
+    Args:
+        config: validated for the ranks of `context`.
+        context: this rank.
+        overrides: of the command line, for the record.
+
+    Raises:
+        ConfigError: the data or the checkpoint do not fit the configuration.
+    """
+    run = set_up(config, context)
+    print_start(config, context, run.pipeline.model)
+    if context.is_main:
+        write_run_files(config, overrides)
+    run.say(f"{config.run.dir}: from step {run.state.step:,} to {run.last_step:,}")
+
+    with _logger(run) as logger:
+        batches = _batches(run)
+        throughput = Throughput()
+        while run.state.step < run.last_step:
+            lr = learning_rate(config, run.state.step)
+            result = _step(run, batches, lr)
+            run.state.advance(config.train.global_batch_size)
+            throughput.count(config.train.global_batch_size * config.data.sequence_length)
+
+            metrics: Metrics = {}
+            if run.is_due(config.logger.log_interval):
+                metrics |= _measure(run, result, lr, throughput)
+                run.say(progress_line(run.state.step, config.train.train_steps, metrics))
+            with throughput.paused():
+                if run.valid_data is not None and run.is_due(config.evaluation.interval):
+                    metrics |= _evaluate(run)
+                if run.is_due(config.checkpoint.save_interval):
+                    _save(run)
+            if logger is not None and metrics:
+                logger.log(run.state.step, metrics)
+
+    _summarize(run)
+
+
+def set_up(config: Config, context: DistributedContext) -> Run:
+    """Build data, model and optimizer, and go to where the latest checkpoint left off."""
+    train_data, valid_data = _datasets(config, context)
+    model = build_model(config, context.pg_collection, context.device)
+    optimizer = build_optimizer(config, model, context.pg_collection)
+    checkpointer = Checkpointer(config, model, optimizer)
+    return Run(
+        config=config,
+        context=context,
+        train_data=train_data,
+        valid_data=valid_data,
+        pipeline=Pipeline(
+            model, context.pg_collection, config.data.sequence_length, config.train.micro_batch_size
+        ),
+        optimizer=optimizer,
+        checkpointer=checkpointer,
+        state=checkpointer.load_latest(),
+    )
+
+
+def _datasets(config: Config, context: DistributedContext) -> tuple[SequenceDataset, SequenceDataset | None]:
+    """The main rank first: it fills the cache that the others read."""
+    if context.is_main:
+        datasets = build_datasets(config)
+    dist.barrier()
+    return datasets if context.is_main else build_datasets(config)
+
+
+def _logger(run: Run) -> contextlib.AbstractContextManager[MetricLogger | None]:
+    if run.context.is_main:
+        return MetricLogger(run.config, first_step=run.state.step)
+    return contextlib.nullcontext()
+
+
+def _batches(run: Run) -> list[Batches]:
+    """One iterator over the same micro batches for each model chunk."""
+    return [
+        micro_batches(
+            run.train_data,
+            first_sample=run.state.consumed_samples,
+            micro_batch_size=run.config.train.micro_batch_size,
+            pg_collection=run.context.pg_collection,
+            device=run.context.device,
+        )
+        for _ in run.pipeline.model
+    ]
+
+
+def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
+    set_learning_rate(run.optimizer, lr)
+    return train_step(
+        run.pipeline, run.optimizer, batches, num_micro_batches(run.config, run.context.world_size)
+    )
+
+
+def _measure(run: Run, result: StepResult, lr: float, throughput: Throughput) -> Metrics:
+    tokens_per_second, step_time_s = throughput.report()
+    return {
+        "consumed_tokens": run.state.consumed_samples * run.config.data.sequence_length,
+        **step_metrics(run.config, run.context, run.pipeline.model, result),
+        "train/lr": lr,
+        "speed/tokens_per_second": tokens_per_second,
+        "speed/step_time_s": step_time_s,
+    }
+
+
+def _num_valid_samples(run: Run) -> int:
+    return run.config.evaluation.num_samples or len(run.valid_data)
+
+
+def _evaluate(run: Run) -> Metrics:
+    loss = held_out_loss(run.pipeline, run.valid_data, _num_valid_samples(run), run.context.device)
+    run.say(f"step {run.state.step} | valid/lm_loss {loss:.4f}")
+    return {"valid/lm_loss": loss}
+
+
+def _save(run: Run) -> None:
+    start = time.perf_counter()
+    folder = run.checkpointer.save(run.state)
+    run.say(f"step {run.state.step} | saved {folder} in {time.perf_counter() - start:.1f} s")
+
+
+def _summarize(run: Run) -> None:
+    """The last lines: where the run stands, and its held-out loss beside what token frequencies alone give."""
+    train_steps = run.config.train.train_steps
+    if run.state.step < train_steps:
+        run.say(f"stopped at step {run.state.step:,} of {train_steps:,}; the same command goes on")
+        return
+    run.say(f"finished {train_steps:,} steps in {run.config.run.dir}")
+    if run.valid_data is None:
+        return
+    loss = _evaluate(run)["valid/lm_loss"]
+    if run.context.is_main:
+        entropy = unigram_entropy(run.valid_data, _num_valid_samples(run))
+        run.say(f"held-out loss          {loss:.4f} nats per token")
+        run.say(f"unigram entropy        {entropy:.4f} nats per token, of the same held-out tokens")
+        run.say(f"below unigram entropy  {entropy - loss:.4f} nats")

@@ -1,0 +1,201 @@
+"""What a person sees of a run: facts at the start, numbers at each logged step."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+import yaml
+from megatron.core.distributed import DistributedDataParallel
+from rich.console import Console
+from rich.table import Table
+
+from megatron_moe.checkpoint.checkpointer import plain
+from megatron_moe.config.schema import Config
+from megatron_moe.distributed.context import DistributedContext
+from megatron_moe.metrics.routing import device_load, max_violation, relative
+from megatron_moe.model.build import routers
+from megatron_moe.plan.params import activated_params, total_params
+from megatron_moe.plan.pipeline import (
+    data_parallel_size,
+    is_moe_layer,
+    num_device_groups,
+    num_micro_batches,
+)
+from megatron_moe.plan.placement import Placement, placements
+from megatron_moe.train.step import StepResult
+
+PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wandb")
+
+
+def write_run_files(config: Config, overrides: list[str]) -> None:
+    """Leave the resolved configuration, the overrides and the software's versions in the run's folder."""
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
+    environment = {
+        "overrides": overrides,
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    (folder / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+
+
+def _git_revision() -> str | None:
+    here = Path(__file__).parent
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None
+
+
+def start_facts(config: Config, world_size: int) -> list[tuple[str, str]]:
+    """What really applies, as (topic, text)."""
+    model, parallel, train = config.model, config.parallel, config.train
+    tokens = train.global_batch_size * config.data.sequence_length
+    groups = num_device_groups(model, parallel)
+    schedule = config.scheduler
+    decay = ", ".join(f"{m:.0%}" for m in schedule.milestones)
+    return [
+        (
+            "model",
+            f"{model.name}: {total_params(model):,} parameters, {activated_params(model):,} activated; "
+            f"{model.num_experts} routed (top {model.router_topk}) + {model.num_shared_experts} shared experts, "
+            f"{model.attention.value}",
+        ),
+        (
+            "batch",
+            f"{train.global_batch_size} x {config.data.sequence_length} = {tokens:,} tokens a step, "
+            f"{tokens * train.train_steps:,} in {train.train_steps:,} steps; "
+            f"{num_micro_batches(config, world_size)} micro batches of {train.micro_batch_size} a rank",
+        ),
+        (
+            "balance",
+            f"expert factor {model.expert_balance_factor:g}; device factor {model.device_balance_factor:g} over "
+            f"{groups} groups of {model.num_experts // groups} experts",
+        ),
+        (
+            "schedule",
+            f"lr {config.optimizer.lr:g} after {schedule.warmup_steps:,} warm-up steps"
+            + (f", x {schedule.decay_factor} at {decay} of {schedule.unit.value}" if decay else ", constant"),
+        ),
+        ("precision", f"{config.precision.dtype.value}; router, optimizer and gradient sums fp32"),
+        (
+            "layout",
+            f"{world_size} ranks: tensor {parallel.tensor_model_parallel_size}, pipeline "
+            f"{parallel.pipeline_model_parallel_size} x {parallel.virtual_pipeline_model_parallel_size} virtual, context "
+            f"{parallel.context_parallel_size}, data {data_parallel_size(parallel, world_size)}, expert "
+            f"{parallel.expert_model_parallel_size}",
+        ),
+    ]
+
+
+def print_start(config: Config, context: DistributedContext, model: list[DistributedDataParallel]) -> None:
+    """Print the facts, the placement and each rank's memory; on all ranks, as it gathers."""
+    here = (sum(p.numel() for chunk in model for p in chunk.parameters()), _memory_gib(context.device))
+    everywhere: list[Any] = [None] * context.world_size
+    dist.all_gather_object(everywhere, here)
+    if not context.is_main:
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    for topic, text in start_facts(config, context.world_size):
+        console.print(f"{topic:<10}{text}", markup=False)
+    table = Table("ranks", "layers", "routed experts", "parameters a rank", "memory a rank", box=None)
+    for place in placements(config.model, config.parallel, context.world_size):
+        parameters, memory = everywhere[place.ranks[0]]
+        table.add_row(*placement_row(config, place), f"{parameters:,}", f"{memory:.2f} GiB")
+    console.print(table)
+
+
+def placement_row(config: Config, place: Placement) -> tuple[str, str, str]:
+    """Ranks, layers and experts as text: layers as 'dense 0, MoE 1-5', virtual stages separated by '|'."""
+    experts = "none" if place.experts is None else _span(place.experts[0], place.experts[-1])
+    layers = " | ".join(_layer_text(config, chunk) for chunk in place.layers)
+    return ", ".join(_spans(place.ranks)), layers, experts
+
+
+def _layer_text(config: Config, layers: list[int]) -> str:
+    moe = [layer for layer in layers if is_moe_layer(config.model, layer)]
+    dense = [layer for layer in layers if layer not in moe]
+    parts = [f"{kind} {_span(some[0], some[-1])}" for kind, some in (("dense", dense), ("MoE", moe)) if some]
+    return ", ".join(parts)
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _spans(numbers: list[int]) -> list[str]:
+    """[0, 1, 2, 5] as '0-2' and '5'."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return [_span(first, last) for first, last in spans]
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def step_metrics(
+    config: Config, context: DistributedContext, model: list[DistributedDataParallel], result: StepResult
+) -> dict[str, Any]:
+    """The step's numbers over all ranks; on all ranks, as it reduces.
+
+    Returns:
+        Metrics by name. Balance losses are with their factors, summed over layers. `moe/expert_load` and
+        `moe/device_load` are lists by MoE layer of the load over the mean.
+    """
+    moe_layers = range(config.model.num_dense_layers, config.model.num_layers)
+    tokens, losses = _routing_sums(config, model, moe_layers, context.device)
+    loss = result.loss.values.clone()
+    for values in (tokens, losses, loss):
+        dist.all_reduce(values)
+    replicas = data_parallel_size(config.parallel, context.world_size)
+    expert_loss, device_loss = (
+        losses.sum(dim=0) / (replicas * num_micro_batches(config, context.world_size))
+    ).tolist()
+    devices = device_load(tokens, num_device_groups(config.model, config.parallel))
+    violations = max_violation(tokens)
+    return {
+        "train/lm_loss": (loss[0] / loss[1]).item(),
+        "train/expert_balance_loss": expert_loss,
+        "train/device_balance_loss": device_loss,
+        "train/grad_norm": float(result.grad_norm),
+        "moe/max_violation": violations.max().item(),
+        "moe/max_device_violation": max_violation(devices).max().item(),
+        **{
+            f"moe/layer_{layer}/max_violation": violation
+            for layer, violation in zip(moe_layers, violations.tolist(), strict=True)
+        },
+        "moe/expert_load": relative(tokens).tolist(),
+        "moe/device_load": relative(devices).tolist(),
+        "memory/rank0_gib": _memory_gib(context.device),
+    }
+
+
+def _routing_sums(
+    config: Config, model: list[DistributedDataParallel], moe_layers: range, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's part of tokens per expert [layers, experts] and balance losses [layers, 2]; 0 for others' layers."""
+    tokens = torch.zeros(len(moe_layers), config.model.num_experts, device=device)
+    losses = torch.zeros(len(moe_layers), 2, device=device)
+    for router in routers(model):
+        row = router.layer_number - 1 - moe_layers.start
+        tokens[row] = router.tokens_per_expert
+        losses[row] = router.balance_losses
+    return tokens, losses

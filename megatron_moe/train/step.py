@@ -1,0 +1,106 @@
+"""One forward and backward pass through the pipeline, and one update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_moe.model.build import routers
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """Summed language-model loss and number of targets of this rank; both 0 but on the last pipeline stage.
+
+    Attributes:
+        values: [2], float32: sum of the loss in nats, targets.
+    """
+
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one training step yields.
+
+    Attributes:
+        loss: this rank's.
+        grad_norm: of all parameters on all ranks, before clipping.
+    """
+
+    loss: LossSum
+    grad_norm: float
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How this rank runs micro batches: megatron-core's schedule for its place in the pipeline."""
+
+    model: list[DistributedDataParallel]
+    pg_collection: ProcessGroupCollection
+    sequence_length: int
+    micro_batch_size: int
+
+    def run(self, batches: list[Batches], num_micro_batches: int, *, forward_only: bool) -> LossSum:
+        """Forward, and backward unless `forward_only`, of `num_micro_batches` from one iterator per model chunk."""
+        schedule = get_forward_backward_func(
+            self.pg_collection.pp.size(), len(self.model) if len(self.model) > 1 else None
+        )
+        pipelined = self.pg_collection.pp.size() > 1
+        losses = schedule(
+            forward_step_func=_forward_step,
+            data_iterator=batches if len(batches) > 1 else batches[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=num_micro_batches,
+            seq_length=self.sequence_length,
+            micro_batch_size=self.micro_batch_size,
+            forward_only=forward_only,
+            pg_collection=self.pg_collection,
+            **({"p2p_communicator": self._communicator()} if pipelined else {}),
+        )
+        device = next(self.model[0].parameters()).device
+        return LossSum(sum(losses, torch.zeros(2, device=device)))
+
+    def _communicator(self) -> P2PCommunicator:
+        return P2PCommunicator(self.pg_collection.pp, get_model_config(self.model[0]))
+
+
+def train_step(
+    pipeline: Pipeline, optimizer: MegatronOptimizer, batches: list[Batches], num_micro_batches: int
+) -> StepResult:
+    """Forward, backward and update over one global batch."""
+    for chunk in pipeline.model:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    for router in routers(pipeline.model):
+        router.reset_statistics()
+    get_model_config(pipeline.model[0]).finalize_model_grads_func = finalize_model_grads
+    loss = pipeline.run(batches, num_micro_batches, forward_only=False)
+    _, grad_norm, _ = optimizer.step()
+    return StepResult(loss=loss, grad_norm=grad_norm)
+
+
+def _forward_step(batches: Batches, model: DistributedDataParallel) -> tuple[Tensor, Any]:
+    batch = next(batches)
+    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return losses, _sum_loss
+
+
+def _sum_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of losses [b, s]: their sum, their number, and both detached for the report."""
+    total = losses.float().sum()
+    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    return total, count, torch.stack((total.detach(), count.float()))

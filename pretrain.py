@@ -1,0 +1,82 @@
+"""Pretrain a DeepSeekMoE: `python pretrain.py [GROUP=CHOICE] [OPTION=VALUE] ...`.
+
+Alone, it starts as many workers on this host as the layout needs; under torchrun or srun it joins them.
+`--cfg job --resolve` prints the configuration. Exit codes: 0 done, 2 the user's input, 130 interrupted, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.load import COMPOSITION_ERRORS, explain, register_schema, to_config
+from megatron_moe.config.schema import Config
+from megatron_moe.config.validate import validate
+from megatron_moe.distributed import launch
+from megatron_moe.plan.pipeline import required_world_size
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="pretrain")
+def pretrain(composed: DictConfig) -> None:
+    """Check the configuration, then train here or in workers."""
+    config = to_config(composed)
+    overrides = list(HydraConfig.get().overrides.task)
+    launched = launch.launched_world_size(os.environ)
+    world_size = launched or required_world_size(config.parallel)
+    validate(config, world_size)
+    if world_size == 1 or launched:
+        train_here(config, overrides)
+    elif code := launch.run_workers([sys.executable, __file__, *overrides], world_size):
+        sys.exit(code)
+
+
+def train_here(config: Config, overrides: list[str]) -> None:
+    """Train in this process, one of the ranks. Imports torch, which takes seconds."""
+    # megatron-core warns of what is absent and of its own deprecated calls, on every rank
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
+    from megatron_moe.distributed.context import distributed
+    from megatron_moe.train.loop import train
+
+    with distributed(config.parallel, init_method=os.environ.get(launch.INIT_METHOD, "env://")) as context:
+        train(config, context, overrides)
+
+
+def main() -> int:
+    """Run, and turn what goes wrong into an exit code and a message."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself
+    register_schema()
+    launch.adopt_slurm_step(os.environ)
+    launch.end_with_parent(os.environ)
+    try:
+        pretrain()
+    except COMPOSITION_ERRORS:
+        return fail(explain(sys.argv[1:]))
+    except ConfigError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        text = traceback.format_exc()
+        if not launch.record_failure(repr(error), text, os.environ):
+            print(text, file=sys.stderr)
+        return 1
+    return 0
+
+
+def fail(error: ConfigError) -> int:
+    """Tell the user what to change; every rank finds the same, so one says it."""
+    shown_by_launcher = launch.record_failure("configuration", error.report(), os.environ)
+    if not shown_by_launcher and os.environ.get("RANK", "0") == "0":
+        print(error.report(), file=sys.stderr)
+    return launch.USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Tokenize JSONL into an indexed dataset for `data=blend`.
+
+python tools/preprocess_data.py --input docs.jsonl --tokenizer DIR --output PREFIX
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_moe.config.errors import ConfigError
+
+
+def documents(paths: list[Path], field: str) -> Iterator[str]:
+    """The text of each line of each file.
+
+    Raises:
+        ConfigError: a line is no JSON object with a text in `field`.
+    """
+    for path in paths:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield _text(path, number, line, field)
+
+
+def _text(path: Path, number: int, line: str, field: str) -> str:
+    try:
+        text = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}:{number}: no JSON object with the field {field!r} ({error})") from None
+    if not isinstance(text, str):
+        raise ConfigError(f"{path}:{number}: field {field!r} is {type(text).__name__}, not text")
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSONL files, in order")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json, or its folder")
+    parser.add_argument("--output", type=Path, required=True, help="path of the .bin and .idx without the ending")
+    parser.add_argument("--field", default="text", help="field of a line that holds the text (default: text)")
+    args = parser.parse_args(argv)
+    try:
+        num_documents, num_tokens = preprocess(args)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {num_documents:,} documents, {num_tokens:,} tokens")
+    return 0
+
+
+def preprocess(args: argparse.Namespace) -> tuple[int, int]:
+    """Write the dataset; returns documents and tokens."""
+    from megatron_moe.data.corpus import write_indexed
+    from megatron_moe.data.tokenizer import load_tokenizer
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    return write_indexed(documents(args.input, args.field), load_tokenizer(args.tokenizer), args.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,7 +1,8 @@
 """Pretrain a DeepSeekMoE: `python pretrain.py [GROUP=CHOICE] [OPTION=VALUE] ...`.
 
 Alone, it starts as many workers on this host as the layout needs; under torchrun or srun it joins them.
-`--cfg job --resolve` prints the configuration. Exit codes: 0 done, 2 the user's input, 130 interrupted, 1 anything else.
+`--cfg job --resolve` prints the configuration. Exit codes: 0 done, 2 the user's input,
+130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
@@ -25,16 +26,32 @@ from megatron_moe.plan.pipeline import required_world_size
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="pretrain")
 def pretrain(composed: DictConfig) -> None:
-    """Check the configuration, then train here or in workers."""
-    config = to_config(composed)
-    overrides = list(HydraConfig.get().overrides.task)
-    launched = launch.launched_world_size(os.environ)
-    world_size = launched or required_world_size(config.parallel)
-    validate(config, world_size)
-    if world_size == 1 or launched:
-        train_here(config, overrides)
-    elif code := launch.run_workers([sys.executable, __file__, *overrides], world_size):
+    """One job of Hydra's: exits only if it fails, so that a sweep goes on."""
+    if code := run(composed):
         sys.exit(code)
+
+
+def run(composed: DictConfig) -> int:
+    """Check the configuration, then train here or in workers; returns the exit code."""
+    try:
+        config = to_config(composed)
+        overrides = list(HydraConfig.get().overrides.task)
+        launched = launch.launched_world_size(os.environ)
+        world_size = launched or required_world_size(config.parallel)
+        validate(config, world_size)
+        if world_size > 1 and not launched:
+            return launch.run_workers([sys.executable, __file__, *overrides], world_size)
+        train_here(config, overrides)
+    except ConfigError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        text = traceback.format_exc()
+        if not launch.record_failure(repr(error), text, os.environ):
+            print(text, file=sys.stderr)
+        return 1
+    return 0
 
 
 def train_here(config: Config, overrides: list[str]) -> None:
@@ -48,8 +65,8 @@ def train_here(config: Config, overrides: list[str]) -> None:
         train(config, context, overrides)
 
 
-def main() -> int:
-    """Run, and turn what goes wrong into an exit code and a message."""
+def main() -> None:
+    """Join the launcher, if there is one, and let Hydra compose."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself
     register_schema()
     launch.adopt_slurm_step(os.environ)
@@ -57,17 +74,7 @@ def main() -> int:
     try:
         pretrain()
     except COMPOSITION_ERRORS:
-        return fail(explain(sys.argv[1:]))
-    except ConfigError as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        text = traceback.format_exc()
-        if not launch.record_failure(repr(error), text, os.environ):
-            print(text, file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(fail(explain(sys.argv[1:])))
 
 
 def fail(error: ConfigError) -> int:
@@ -79,4 +86,4 @@ def fail(error: ConfigError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -17,9 +17,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 
+from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Config
-from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.optim.optimizer import load_state
 
 # Every tensor of the optimizer is saved under its parameter's name, so that it loads in any layout
@@ -64,7 +64,7 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(self._sharded_state_dict(is_loading=False), str(partial))
+        dist_checkpointing.save(self.sharded_state_dict(is_loading=False), str(partial))
         if dist.get_rank() == 0:
             description = {
                 **dataclasses.asdict(state),
@@ -91,7 +91,7 @@ class Checkpointer:
         description = json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))
         check_same_run(description["config"], self.config)
         same_ranks = description["world_size"] == dist.get_world_size()
-        request = self._sharded_state_dict(is_loading=True, with_rng=same_ranks)
+        request = self.sharded_state_dict(is_loading=True, with_rng=same_ranks)
         loaded = dist_checkpointing.load(request, str(saved[-1]))
         for name, chunk in self._named_chunks():
             chunk.load_state_dict(loaded[name])
@@ -101,7 +101,8 @@ class Checkpointer:
             torch.set_rng_state(loaded["rng"].view(-1))
         return TrainState(description["step"], description["consumed_samples"])
 
-    def _sharded_state_dict(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
+    def sharded_state_dict(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
+        """This rank's tensors with their names and places in the whole model."""
         state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in self._named_chunks()}
         # Only the tensors: how many optimizers and groups there are depends on the layout.
         state["optimizer"] = [

@@ -83,12 +83,12 @@ def _rule_problems(overrides: list[str]) -> tuple[str, ...]:
 
 def _suggestion(override: str) -> str:
     """What exists under a similar name."""
-    name, _, value = override.lstrip("+~").partition("=")
+    name = override.lstrip("+~").split("=", 1)[0]
     if (CONF_DIR / name).is_dir():
         choices = sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
         return f"; {name} is one of: {', '.join(choices)}"
     options = [f"{g.name}.{o.name}" for g in fields(Config) for o in fields(g.default_factory)]
-    close = difflib.get_close_matches(name, options, n=1)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close and close[0] != name else ""
 
 

@@ -88,7 +88,8 @@ class ParallelConfig:
     """How the model lies on the ranks. `data_parallel_size` null: as many replicas as the launcher's ranks allow.
 
     `pipeline_layout` lists the layers of each stage in pipeline order, one number per stage and virtual stage; null
-    spreads them evenly, the embedding and the head each counting as one layer.
+    spreads them evenly, the embedding and the head each counting as one layer. `expert_tensor_parallel_size` null: 1
+    with expert parallelism, else as `tensor_model_parallel_size`.
     """
 
     tensor_model_parallel_size: int = 1
@@ -97,7 +98,7 @@ class ParallelConfig:
     pipeline_layout: list[int] | None = None
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
     data_parallel_size: int | None = None
     timeout_minutes: float = 10.0
 
@@ -145,7 +146,7 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class SchedulerConfig:
-    """Linear warm-up from 0, then `lr` times `decay_factor` at each milestone (paper, 4.1.3). No milestones: constant."""
+    """Linear warm-up from 0, then `lr` times `decay_factor` at each milestone; none: constant (paper, 4.1.3, 7.1)."""
 
     warmup_steps: int = MISSING
     milestones: list[float] = field(default_factory=list)

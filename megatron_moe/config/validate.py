@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Attention, Config, DataKind
-from megatron_moe.plan.pipeline import model_parallel_size, num_chunks, num_micro_batches
+from megatron_moe.plan.pipeline import (
+    expert_tensor_parallel_size,
+    model_parallel_size,
+    num_chunks,
+)
 
 POSITIVE = {
     "model": (
@@ -47,12 +52,32 @@ def validate(config: Config, world_size: int) -> None:
     Raises:
         ConfigError: with one line per problem: option, value, rule, what would work.
     """
-    problems = [*_sign_problems(config)]
-    if not problems:  # the rules below divide
-        for rule in (_run, _model, _placement, _pipeline, _ranks, _data, _schedule):
-            problems += rule(config, world_size)
+    of_wrong_sign = dict(_wrong_signs(config))
+    if of_wrong_sign:
+        config = _with_ones(config, of_wrong_sign)  # so that the rules below can divide
+    problems = [*of_wrong_sign.values()]
+    for problem in _rule_problems(config, world_size):
+        if not any(option.split(".")[1] in problem for option in of_wrong_sign):
+            problems.append(problem)
     if problems:
         raise ConfigError(*problems)
+
+
+def _rule_problems(config: Config, world_size: int) -> Iterator[str]:
+    for rule in (_run, _model, _data, _schedule):
+        yield from rule(config)
+    misplaced = [*_placement(config), *_pipeline(config)]
+    yield from misplaced
+    # How many replicas there will be is open while the layout is wrong.
+    yield from _batch(config, 1) if misplaced else _ranks(config, world_size)
+
+
+def _with_ones(config: Config, options: Iterable[str]) -> Config:
+    config = copy.deepcopy(config)
+    for option in options:
+        group, name = option.split(".")
+        setattr(getattr(config, group), name, 1)
+    return config
 
 
 def divisors(number: int) -> str:
@@ -60,7 +85,8 @@ def divisors(number: int) -> str:
     return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
-def _sign_problems(config: Config) -> Iterator[str]:
+def _wrong_signs(config: Config) -> Iterator[tuple[str, str]]:
+    """Options of the wrong sign, and what is wrong with them."""
     for table, is_wrong, rule in (
         (POSITIVE, lambda value: value <= 0, "must be positive"),
         (NOT_NEGATIVE, lambda value: value < 0, "must not be negative"),
@@ -69,7 +95,7 @@ def _sign_problems(config: Config) -> Iterator[str]:
             for name in names.split():
                 value = getattr(getattr(config, group), name)
                 if value is not None and is_wrong(value):
-                    yield f"{group}.{name}={value}: {rule}"
+                    yield f"{group}.{name}", f"{group}.{name}={value}: {rule}"
 
 
 def _divides(config: Config, part: str, whole: str) -> Iterator[str]:
@@ -83,7 +109,7 @@ def _option(config: Config, name: str) -> int:
     return getattr(getattr(config, group), option)
 
 
-def _run(config: Config, world_size: int) -> Iterator[str]:
+def _run(config: Config) -> Iterator[str]:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=,+-]*", config.run.name):
         yield (
             f"run.name={config.run.name!r}: letters, digits and any of _ . = , + - only, and no leading dot "
@@ -91,7 +117,7 @@ def _run(config: Config, world_size: int) -> Iterator[str]:
         )
 
 
-def _model(config: Config, world_size: int) -> Iterator[str]:
+def _model(config: Config) -> Iterator[str]:
     model = config.model
     if model.router_topk > model.num_experts:
         yield f"model.router_topk={model.router_topk}: there are only model.num_experts={model.num_experts}"
@@ -106,28 +132,43 @@ def _model(config: Config, world_size: int) -> Iterator[str]:
         yield from _divides(config, "model.num_device_groups", "model.num_experts")
 
 
-def _placement(config: Config, world_size: int) -> Iterator[str]:
+def _placement(config: Config) -> Iterator[str]:
     yield from _divides(config, "parallel.expert_model_parallel_size", "model.num_experts")
     for whole in ("num_attention_heads", "vocab_size", "ffn_hidden_size"):
         yield from _divides(config, "parallel.tensor_model_parallel_size", f"model.{whole}")
-    yield from _divides(config, "parallel.expert_tensor_parallel_size", "model.expert_ffn_hidden_size")
-    shared_width = config.model.num_shared_experts * config.model.expert_ffn_hidden_size
+    yield from _expert_placement(config)
     tensor = config.parallel.tensor_model_parallel_size
+    context = config.parallel.context_parallel_size
+    slices = tensor * (2 * context if context > 1 else 1)
+    if config.data.sequence_length % slices:
+        yield (
+            f"data.sequence_length={config.data.sequence_length}: must be a multiple of {slices} "
+            f"(tensor_model_parallel_size={tensor} slices of each of {slices // tensor} context-parallel chunks)"
+        )
+
+
+def _expert_placement(config: Config) -> Iterator[str]:
+    parallel, width = config.parallel, config.model.expert_ffn_hidden_size
+    tensor, expert_tensor = parallel.tensor_model_parallel_size, expert_tensor_parallel_size(parallel)
+    if width % expert_tensor:
+        yield (
+            f"parallel.expert_tensor_parallel_size={expert_tensor}: must divide model.expert_ffn_hidden_size={width}; "
+            f"possible: {divisors(width)}"
+        )
+    if parallel.expert_model_parallel_size == 1 and expert_tensor != tensor:
+        yield (
+            f"parallel.expert_tensor_parallel_size={expert_tensor}: must equal tensor_model_parallel_size={tensor} "
+            "while expert_model_parallel_size=1 (megatron-core would not reduce the experts' gradients)"
+        )
+    shared_width = config.model.num_shared_experts * width
     if shared_width % tensor:
         yield (
             f"parallel.tensor_model_parallel_size={tensor}: must divide the shared experts' width {shared_width}; "
             f"possible: {divisors(shared_width)}"
         )
-    context = config.parallel.context_parallel_size
-    slices = tensor * (2 * context if context > 1 else 1)
-    if config.data.sequence_length % slices:
-        yield (
-            f"data.sequence_length={config.data.sequence_length}: must be a multiple of {slices} (tensor_model_parallel"
-            f"_size={tensor} slices of {'two chunks for each of ' if context > 1 else ''}context_parallel_size={context})"
-        )
 
 
-def _pipeline(config: Config, world_size: int) -> Iterator[str]:
+def _pipeline(config: Config) -> Iterator[str]:
     model, parallel = config.model, config.parallel
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     chunks = num_chunks(parallel)
@@ -153,7 +194,7 @@ def _pipeline(config: Config, world_size: int) -> Iterator[str]:
 
 
 def _ranks(config: Config, world_size: int) -> Iterator[str]:
-    parallel, train = config.parallel, config.train
+    parallel = config.parallel
     replica = model_parallel_size(parallel)
     if world_size % replica:
         yield (
@@ -165,17 +206,23 @@ def _ranks(config: Config, world_size: int) -> Iterator[str]:
     replicas = world_size // replica
     if parallel.data_parallel_size not in (None, replicas):
         yield (
-            f"parallel.data_parallel_size={parallel.data_parallel_size}: {world_size} ranks hold {replicas} replicas of "
-            f"{replica} ranks; start {replica * parallel.data_parallel_size} ranks, or leave it null"
+            f"parallel.data_parallel_size={parallel.data_parallel_size}: {world_size} ranks hold {replicas} replicas "
+            f"of {replica} ranks; start {replica * parallel.data_parallel_size} ranks, or leave it null"
         )
     per_stage = world_size // parallel.pipeline_model_parallel_size
-    expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    expert_tensor = expert_tensor_parallel_size(parallel)
+    expert_ranks = parallel.expert_model_parallel_size * expert_tensor
     if per_stage % expert_ranks:
         yield (
             f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} x expert_tensor_parallel_size="
-            f"{parallel.expert_tensor_parallel_size}: must divide the {per_stage} ranks of a pipeline stage; "
+            f"{expert_tensor}: must divide the {per_stage} ranks of a pipeline stage; "
             f"possible: {divisors(per_stage)}"
         )
+    yield from _batch(config, replicas)
+
+
+def _batch(config: Config, replicas: int) -> Iterator[str]:
+    train = config.train
     at_once = train.micro_batch_size * replicas
     if train.global_batch_size % at_once:
         below = train.global_batch_size // at_once * at_once
@@ -183,21 +230,20 @@ def _ranks(config: Config, world_size: int) -> Iterator[str]:
             f"train.global_batch_size={train.global_batch_size}: must be a multiple of {at_once} (micro_batch_size="
             f"{train.micro_batch_size} x data_parallel_size={replicas}); nearest: {below or at_once}, {below + at_once}"
         )
-    elif parallel.virtual_pipeline_model_parallel_size > 1:
-        yield from _interleaving(config, world_size)
+    elif config.parallel.virtual_pipeline_model_parallel_size > 1:
+        yield from _interleaving(config, train.global_batch_size // at_once)
 
 
-def _interleaving(config: Config, world_size: int) -> Iterator[str]:
-    micro_batches = num_micro_batches(config, world_size)
+def _interleaving(config: Config, micro_batches: int) -> Iterator[str]:
     stages = config.parallel.pipeline_model_parallel_size
     if micro_batches % stages:
         yield (
-            f"train.global_batch_size={config.train.global_batch_size}: gives {micro_batches} micro batches a rank; the "
-            f"interleaved schedule needs a multiple of parallel.pipeline_model_parallel_size={stages}"
+            f"train.global_batch_size={config.train.global_batch_size}: gives {micro_batches} micro batches a rank; "
+            f"the interleaved schedule needs a multiple of parallel.pipeline_model_parallel_size={stages}"
         )
 
 
-def _data(config: Config, world_size: int) -> Iterator[str]:
+def _data(config: Config) -> Iterator[str]:
     data, vocab_size = config.data, config.model.vocab_size
     if data.kind is DataKind.python_stdlib:
         if data.tokenizer_vocab_size > vocab_size:
@@ -222,7 +268,9 @@ def _data(config: Config, world_size: int) -> Iterator[str]:
 
 def _source_problems(option: str, sources: list) -> Iterator[str]:
     for source in sources:
-        missing = [f"{source.path}{ending}" for ending in (".bin", ".idx") if not Path(f"{source.path}{ending}").is_file()]
+        missing = [
+            f"{source.path}{ending}" for ending in (".bin", ".idx") if not Path(f"{source.path}{ending}").is_file()
+        ]
         if missing:
             yield (
                 f"{option} path={source.path}: no such file: {', '.join(missing)}; give the path without its ending "
@@ -232,7 +280,7 @@ def _source_problems(option: str, sources: list) -> Iterator[str]:
             yield f"{option} path={source.path} weight={source.weight}: must be positive"
 
 
-def _schedule(config: Config, world_size: int) -> Iterator[str]:
+def _schedule(config: Config) -> Iterator[str]:
     milestones = list(config.scheduler.milestones)
     if milestones != sorted(milestones) or not all(0 < m <= 1 for m in milestones):
         yield f"scheduler.milestones={milestones}: must rise within 0 and 1, as fractions of the run"

@@ -94,9 +94,7 @@ def _is_held_out(name: str, data: DataConfig) -> bool:
 
 
 def _digest(documents: list[tuple[str, str]], data: DataConfig) -> str:
-    digest = hashlib.sha256(
-        f"{FORMAT}/{data.seed}/{data.valid_fraction}/{data.tokenizer_vocab_size}".encode()
-    )
+    digest = hashlib.sha256(f"{FORMAT}/{data.seed}/{data.valid_fraction}/{data.tokenizer_vocab_size}".encode())
     for name, text in documents:
         digest.update(f"\0{name}\0{len(text)}\0".encode())
         digest.update(text.encode("utf-8", errors="replace"))

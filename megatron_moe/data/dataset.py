@@ -67,9 +67,7 @@ class PackedDataset:
         self._document_order = random.permutation(len(lengths)).astype(np.int32)
         self._sequence_order = random.permutation(len(self))
         # mcore's C++ helper: rows of (index into the document order, offset) where each sequence begins
-        self._cuts = helpers.build_sample_idx(
-            lengths, self._document_order, self.sequence_length, 1, self.num_tokens
-        )
+        self._cuts = helpers.build_sample_idx(lengths, self._document_order, self.sequence_length, 1, self.num_tokens)
         self._epoch = epoch
 
 
@@ -81,9 +79,7 @@ class BlendedDataset:
         self.source = np.zeros(num_samples, dtype=np.int16)
         self.position = np.zeros(num_samples, dtype=np.int64)
         shares = np.array(weights, dtype=np.float64) / sum(weights)
-        helpers.build_blending_indices(
-            self.source, self.position, shares, len(datasets), num_samples, False
-        )
+        helpers.build_blending_indices(self.source, self.position, shares, len(datasets), num_samples, False)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -14,7 +14,7 @@ END_OF_SENTENCE = "<｜end▁of▁sentence｜>"  # names of the released tokeniz
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of exactly `vocab_size` entries or fewer if the texts hold no more; the same for the same texts."""
+    """A byte-level BPE of `vocab_size` entries, fewer if the texts hold no more; the same for the same texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

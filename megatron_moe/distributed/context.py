@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from megatron_moe.config.schema import ParallelConfig
 from megatron_moe.distributed import cpu, without_te
+from megatron_moe.plan.pipeline import expert_tensor_parallel_size
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ def distributed(parallel: ParallelConfig, *, init_method: str = "env://") -> Ite
     Yields:
         The context; all groups exist and have communicated once, so that none hangs on first use in mid-step.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = _local_device()
     if not without_te.has_transformer_engine():
         without_te.install()
@@ -60,18 +61,16 @@ def distributed(parallel: ParallelConfig, *, init_method: str = "env://") -> Ite
 
 
 def _local_device() -> torch.device:
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
     cpu.install()
     return cpu.CPU
 
 
-def _init_process_group(
-    device: torch.device, rank: int, world_size: int, init_method: str, timeout: timedelta
-) -> None:
+def _init_process_group(device: torch.device, rank: int, world_size: int, init_method: str, timeout: timedelta) -> None:
     if world_size == 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
@@ -97,7 +96,7 @@ def _init_model_parallel(parallel: ParallelConfig) -> ProcessGroupCollection:
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        expert_tensor_parallel_size=expert_tensor_parallel_size(parallel),
         distributed_timeout_minutes=parallel.timeout_minutes,
         create_gloo_process_groups=False,
     )

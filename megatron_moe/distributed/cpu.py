@@ -1,9 +1,9 @@
 """megatron-core 0.16.1 on a CPU.
 
-megatron-core assumes CUDA. Each entry of `WORKAROUNDS` meets one assumption; `tests/distributed/test_workarounds.py` leaves each
-out in turn and goes red when megatron-core no longer needs it. Applied once per process, before the model is built, and
-only where there is no GPU. Nothing here runs per operation: constants are replaced inside the functions that hold them,
-and the rest are attributes.
+megatron-core assumes CUDA. Each entry of `WORKAROUNDS` meets one assumption; tests/distributed/test_workarounds.py
+leaves each out in turn and goes red when megatron-core no longer needs it. Applied once per process, before the model
+is built, and only where there is no GPU. Nothing here runs per operation: constants are replaced inside the functions
+that hold them, and the rest are attributes.
 """
 
 from __future__ import annotations
@@ -96,10 +96,9 @@ def _tensor_cuda() -> None:
 
 
 def _split_sizes() -> None:
-    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
 
 
 def _replace_constants(function: Callable[..., Any], replacements: dict[str, str]) -> None:

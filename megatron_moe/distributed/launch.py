@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -14,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 PARENT = "MEGATRON_MOE_PARENT_PID"
 INIT_METHOD = "MEGATRON_MOE_INIT_METHOD"
@@ -88,7 +88,7 @@ def run_workers(command: Sequence[str], world_size: int) -> int:
     """
     with tempfile.TemporaryDirectory(prefix="megatron_moe-") as folder:
         stop = threading.Event()
-        previous = {s: signal.signal(s, _setter(stop)) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
         workers = []
         try:
             workers += [_start(command, rank, world_size, Path(folder)) for rank in range(world_size)]
@@ -114,13 +114,6 @@ def end_with_parent(environment: Mapping[str, str]) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _setter(stop: threading.Event) -> signal.Handlers:
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    return handle
 
 
 def _start(command: Sequence[str], rank: int, world_size: int, folder: Path) -> subprocess.Popen:
@@ -218,7 +211,5 @@ def _end(workers: Sequence[subprocess.Popen]) -> None:
 
 def _signal(workers: Sequence[subprocess.Popen], number: signal.Signals) -> None:
     for worker in workers:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(worker.pid, number)
-        except ProcessLookupError:
-            pass

@@ -49,7 +49,8 @@ def progress_line(step: int, total_steps: int, metrics: Metrics) -> str:
     return (
         f"step {step:>{len(str(total_steps))}}/{total_steps}"
         f" | lm_loss {metrics['train/lm_loss']:.4f}"
-        f" | balance {metrics['train/expert_balance_loss']:.4f} expert {metrics['train/device_balance_loss']:.4f} device"
+        f" | balance expert {metrics['train/expert_balance_loss']:.4f}"
+        f" device {metrics['train/device_balance_loss']:.4f}"
         f" | max violation {metrics['moe/max_violation']:.2f}"
         f" | lr {metrics['train/lr']:.2e}"
         f" | grad norm {metrics['train/grad_norm']:.3f}"

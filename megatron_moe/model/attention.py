@@ -50,10 +50,13 @@ class ScaledDotProductAttention(MegatronModule):
         """Attend.
 
         Args:
-            query, key: [s, b, heads, k_channels]; s is this rank's part under context parallelism.
+            query: [s, b, heads, k_channels]; s is this rank's part under context parallelism.
+            key: [s, b, heads, k_channels].
             value: [s, b, heads, v_channels].
-            attention_mask, attn_mask_type: unused, attention is causal over the whole sequence.
-            attention_bias, packed_seq_params: not supported, None.
+            attention_mask: unused, attention is causal over the whole sequence.
+            attn_mask_type: unused.
+            attention_bias: None, not supported.
+            packed_seq_params: None, not supported.
 
         Returns:
             [s, b, heads * v_channels].

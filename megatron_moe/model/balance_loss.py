@@ -32,9 +32,7 @@ def selections_per_sequence(routing_map: Tensor) -> Tensor:
     return routing_map.sum(dim=0, dtype=torch.float32)
 
 
-def routing_statistics(
-    affinities: Tensor, selections: Tensor, *, topk: int, sequence_length: int
-) -> RoutingStatistics:
+def routing_statistics(affinities: Tensor, selections: Tensor, *, topk: int, sequence_length: int) -> RoutingStatistics:
     """Load and affinity of each expert, for each sequence.
 
     Args:

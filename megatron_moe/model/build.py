@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -40,10 +40,7 @@ def build_model(
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
     )
-    return [
-        DistributedDataParallel(mcore_config, ddp_config, chunk, pg_collection=pg_collection)
-        for chunk in chunks
-    ]
+    return [DistributedDataParallel(mcore_config, ddp_config, chunk, pg_collection=pg_collection) for chunk in chunks]
 
 
 def build_chunks(
@@ -98,7 +95,7 @@ def initialize(chunk: GPTModel, *, seed: int, std: float) -> None:
 
     Source: arXiv:2401.06066, 4.1.3 (0.006 for all learnable parameters).
     """
-    for tensor in _sharded_tensors(chunk):
+    for tensor in sharded_tensors(chunk.sharded_state_dict()):
         if len(tensor.global_shape) - tensor.prepend_axis_num == 1:
             tensor.data.fill_(1.0)
         else:
@@ -117,8 +114,9 @@ def _draw(tensor: ShardedTensor, seed: int, std: float) -> None:
     tensor.data.copy_(whole[window].view_as(tensor.data))
 
 
-def _sharded_tensors(chunk: GPTModel) -> Iterator[ShardedTensor]:
-    for entry in nested_values(chunk.sharded_state_dict()):
+def sharded_tensors(state_dict: ShardedStateDict) -> Iterator[ShardedTensor]:
+    """All tensors of a sharded state dict; a fused matrix (gate and up) as its parts."""
+    for entry in nested_values(state_dict):
         if isinstance(entry, ShardedTensorFactory):
             yield from (part for part in nested_values(entry.build()) if isinstance(part, ShardedTensor))
         elif isinstance(entry, ShardedTensor):

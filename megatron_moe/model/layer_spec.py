@@ -6,12 +6,12 @@ import importlib.util
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.distributed.without_te import has_transformer_engine
+from megatron_moe.distributed.without_te import ReplicatedLinear, has_transformer_engine
 from megatron_moe.model.attention import ScaledDotProductAttention
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.model.router import BalanceLossConfig, router_builder
@@ -58,13 +58,13 @@ def block_spec(
 
 
 def _replace_local_modules(spec: TransformerBlockSubmodules) -> None:
-    """Our norm and core attention for megatron-core's, which know no sequence or context parallelism."""
+    """Our modules for those of megatron-core that are wrong or refuse under tensor or context parallelism."""
     spec.layer_norm = RMSNorm
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = RMSNorm
         layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = ScaledDotProductAttention
-        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
-            if getattr(attention, name, IdentityOp) is not IdentityOp:
-                setattr(attention, name, RMSNorm)
+        if isinstance(attention, MLASelfAttentionSubmodules):
+            attention.q_layernorm = attention.kv_layernorm = RMSNorm
+            attention.linear_q_down_proj = attention.linear_kv_down_proj = ReplicatedLinear

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_moe.config.schema import Attention, Config, Dtype, ModelConfig, ParallelConfig
-from megatron_moe.plan.pipeline import is_moe_layer, mcore_layout
+from megatron_moe.plan.pipeline import expert_tensor_parallel_size, is_moe_layer, mcore_layout
 
 
 def transformer_config(config: Config, *, grouped_gemm: bool) -> TransformerConfig:
@@ -63,9 +63,7 @@ def _routing(model: ModelConfig) -> dict[str, Any]:
         "num_moe_experts": model.num_experts,
         "moe_layer_freq": [int(is_moe_layer(model, layer)) for layer in range(model.num_layers)],
         "moe_ffn_hidden_size": model.expert_ffn_hidden_size,
-        "moe_shared_expert_intermediate_size": (
-            model.num_shared_experts * model.expert_ffn_hidden_size or None
-        ),
+        "moe_shared_expert_intermediate_size": (model.num_shared_experts * model.expert_ffn_hidden_size or None),
         "moe_router_topk": model.router_topk,
         "moe_router_pre_softmax": True,
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
@@ -83,7 +81,7 @@ def _placement(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
         "sequence_parallel": parallel.tensor_model_parallel_size > 1,
         "context_parallel_size": parallel.context_parallel_size,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        "expert_tensor_parallel_size": expert_tensor_parallel_size(parallel),
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
         "pipeline_model_parallel_layout": mcore_layout(model, parallel) if pipelined else None,

@@ -53,7 +53,7 @@ def build_optimizer(
 
 
 def _prepare(part: DistributedOptimizer) -> None:
-    """Switch on the fused kernel, and allocate the state now rather than in the first step, so that it can be loaded."""
+    """Switch on the fused kernel, and allocate the state now and not in the first step, so that it can be loaded."""
     if isinstance(part.optimizer, torch.optim.AdamW):
         for group in part.optimizer.param_groups:
             group["fused"] = True

@@ -61,18 +61,25 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
 
 def model_parallel_size(parallel: ParallelConfig) -> int:
     """Ranks that hold one replica of the dense parameters (and share its sequences)."""
-    return (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def expert_tensor_parallel_size(parallel: ParallelConfig) -> int:
+    """Ranks that share one routed expert.
+
+    Without expert parallelism megatron-core 0.16.1 reduces the experts' gradients as those of any other layer, over the
+    data-parallel ranks only (tensor_parallel/layers.py:902), so the experts must be cut like any other layer.
+    """
+    if parallel.expert_tensor_parallel_size is not None:
+        return parallel.expert_tensor_parallel_size
+    return parallel.tensor_model_parallel_size if parallel.expert_model_parallel_size == 1 else 1
 
 
 def required_world_size(parallel: ParallelConfig) -> int:
     """The ranks a configuration asks for: given by `data_parallel_size`, else the fewest that hold all experts."""
     if parallel.data_parallel_size is not None:
         return model_parallel_size(parallel) * parallel.data_parallel_size
-    expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    expert_ranks = parallel.expert_model_parallel_size * expert_tensor_parallel_size(parallel)
     per_stage = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     replicas = -(-expert_ranks // per_stage)
     while (replicas * per_stage) % expert_ranks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_moe.config.schema import ModelConfig, ParallelConfig
-from megatron_moe.plan.pipeline import is_moe_layer, layers_of_stage
+from megatron_moe.plan.pipeline import expert_tensor_parallel_size, is_moe_layer, layers_of_stage
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def placements(model: ModelConfig, parallel: ParallelConfig, world_size: int) ->
                     ranks=[
                         stage * ranks_per_stage + rank
                         for rank in range(ranks_per_stage)
-                        if rank // parallel.expert_tensor_parallel_size % expert_ranks == expert_rank
+                        if rank // expert_tensor_parallel_size(parallel) % expert_ranks == expert_rank
                     ],
                     stage=stage,
                     layers=layers,

@@ -74,6 +74,7 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
     with _logger(run) as logger:
         batches = _batches(run)
         throughput = Throughput()
+        valid_loss = None
         while run.state.step < run.last_step:
             lr = learning_rate(config, run.state.step)
             result = _step(run, batches, lr)
@@ -86,13 +87,13 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
                 run.say(progress_line(run.state.step, config.train.train_steps, metrics))
             with throughput.paused():
                 if run.valid_data is not None and run.is_due(config.evaluation.interval):
-                    metrics |= _evaluate(run)
+                    valid_loss = metrics["valid/lm_loss"] = _evaluate(run)
                 if run.is_due(config.checkpoint.save_interval):
                     _save(run)
             if logger is not None and metrics:
                 logger.log(run.state.step, metrics)
 
-    _summarize(run)
+    _summarize(run, valid_loss)
 
 
 def set_up(config: Config, context: DistributedContext) -> Run:
@@ -106,9 +107,7 @@ def set_up(config: Config, context: DistributedContext) -> Run:
         context=context,
         train_data=train_data,
         valid_data=valid_data,
-        pipeline=Pipeline(
-            model, context.pg_collection, config.data.sequence_length, config.train.micro_batch_size
-        ),
+        pipeline=Pipeline(model, context.pg_collection, config.data.sequence_length, config.train.micro_batch_size),
         optimizer=optimizer,
         checkpointer=checkpointer,
         state=checkpointer.load_latest(),
@@ -145,9 +144,7 @@ def _batches(run: Run) -> list[Batches]:
 
 def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
     set_learning_rate(run.optimizer, lr)
-    return train_step(
-        run.pipeline, run.optimizer, batches, num_micro_batches(run.config, run.context.world_size)
-    )
+    return train_step(run.pipeline, run.optimizer, batches, num_micro_batches(run.config, run.context.world_size))
 
 
 def _measure(run: Run, result: StepResult, lr: float, throughput: Throughput) -> Metrics:
@@ -165,10 +162,10 @@ def _num_valid_samples(run: Run) -> int:
     return run.config.evaluation.num_samples or len(run.valid_data)
 
 
-def _evaluate(run: Run) -> Metrics:
+def _evaluate(run: Run) -> float:
     loss = held_out_loss(run.pipeline, run.valid_data, _num_valid_samples(run), run.context.device)
     run.say(f"step {run.state.step} | valid/lm_loss {loss:.4f}")
-    return {"valid/lm_loss": loss}
+    return loss
 
 
 def _save(run: Run) -> None:
@@ -177,8 +174,11 @@ def _save(run: Run) -> None:
     run.say(f"step {run.state.step} | saved {folder} in {time.perf_counter() - start:.1f} s")
 
 
-def _summarize(run: Run) -> None:
-    """The last lines: where the run stands, and its held-out loss beside what token frequencies alone give."""
+def _summarize(run: Run, valid_loss: float | None) -> None:
+    """The last lines: where the run stands, and its held-out loss beside what token frequencies alone give.
+
+    `valid_loss` is None where no step was left to train.
+    """
     train_steps = run.config.train.train_steps
     if run.state.step < train_steps:
         run.say(f"stopped at step {run.state.step:,} of {train_steps:,}; the same command goes on")
@@ -186,7 +186,7 @@ def _summarize(run: Run) -> None:
     run.say(f"finished {train_steps:,} steps in {run.config.run.dir}")
     if run.valid_data is None:
         return
-    loss = _evaluate(run)["valid/lm_loss"]
+    loss = _evaluate(run) if valid_loss is None else valid_loss
     if run.context.is_main:
         entropy = unigram_entropy(run.valid_data, _num_valid_samples(run))
         run.say(f"held-out loss          {loss:.4f} nats per token")

@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +91,8 @@ def start_facts(config: Config, world_size: int) -> list[tuple[str, str]]:
         (
             "layout",
             f"{world_size} ranks: tensor {parallel.tensor_model_parallel_size}, pipeline "
-            f"{parallel.pipeline_model_parallel_size} x {parallel.virtual_pipeline_model_parallel_size} virtual, context "
-            f"{parallel.context_parallel_size}, data {data_parallel_size(parallel, world_size)}, expert "
+            f"{parallel.pipeline_model_parallel_size} x {parallel.virtual_pipeline_model_parallel_size} virtual, "
+            f"context {parallel.context_parallel_size}, data {data_parallel_size(parallel, world_size)}, expert "
             f"{parallel.expert_model_parallel_size}",
         ),
     ]
@@ -166,9 +165,7 @@ def step_metrics(
     for values in (tokens, losses, loss):
         dist.all_reduce(values)
     replicas = data_parallel_size(config.parallel, context.world_size)
-    expert_loss, device_loss = (
-        losses.sum(dim=0) / (replicas * num_micro_batches(config, context.world_size))
-    ).tolist()
+    expert_loss, device_loss = (losses.sum(dim=0) / (replicas * num_micro_batches(config, context.world_size))).tolist()
     devices = device_load(tokens, num_device_groups(config.model, config.parallel))
     violations = max_violation(tokens)
     return {

@@ -1,0 +1,175 @@
+"""`pretrain.py` as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers.cli import ROOT, metrics_of, processes_mentioning, run_cli, user_environment
+from tests.helpers.training import TINY
+
+SHORT = [*TINY, "train.train_steps=4", "logger.log_interval=1", "evaluation.interval=2", "evaluation.num_samples=8"]
+FIELDS = {
+    "step",
+    "consumed_tokens",
+    "train/lm_loss",
+    "train/expert_balance_loss",
+    "train/device_balance_loss",
+    "train/grad_norm",
+    "train/lr",
+    "speed/tokens_per_second",
+    "moe/max_violation",
+    "moe/expert_load",
+    "moe/device_load",
+}
+
+
+def losses(run: Path) -> list[float]:
+    return [line["train/lm_loss"] for line in metrics_of(run)]
+
+
+def test_a_run_leaves_metrics_config_and_checkpoint(tmp_path: Path) -> None:
+    result = run_cli("pretrain.py", *SHORT, "run.name=a", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "a"
+    logged = metrics_of(run)
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    assert all(line.keys() >= FIELDS for line in logged)
+    assert ["valid/lm_loss" in line for line in logged] == [False, True, False, True]
+    assert logged[-1]["consumed_tokens"] == 4 * 8 * 32
+    assert len(logged[0]["moe/expert_load"]) == 3
+    assert len(logged[0]["moe/expert_load"][0]) == 8
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["num_experts"] == 8
+    assert "run.name=a" in json.loads((run / "environment.json").read_text())["overrides"]
+    assert (run / "checkpoints" / "step_00000004" / "state.json").is_file()
+    assert not list((run / "checkpoints").glob("*.partial"))
+    assert "held-out loss" in result.stdout
+    assert "unigram entropy" in result.stdout
+    for fact in ("parameters", "tokens a step", "expert factor 0.01", "warm-up", "fp32", "dense 0, MoE 1-3", "0-7"):
+        assert fact in result.stdout
+    assert "Warning" not in result.stderr
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    """Bitwise on one rank; across layouts the sums differ in their order."""
+    for arguments in (
+        ["run.name=whole"],
+        ["run.name=cut", "train.exit_step=2"],
+        ["run.name=cut"],
+        ["run.name=moved", "train.exit_step=2", "parallel=pp2_ep2"],
+        ["run.name=moved", "parallel=ep2"],
+    ):
+        result = run_cli("pretrain.py", *SHORT, *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    whole, cut, moved = (losses(tmp_path / "runs" / name) for name in ("whole", "cut", "moved"))
+    assert cut == whole
+    assert moved == pytest.approx(whole, rel=1e-6)
+    again = run_cli("pretrain.py", *SHORT, "run.name=cut", cwd=tmp_path)
+    assert again.returncode == 0
+    assert "finished 4 steps" in again.stdout
+    assert losses(tmp_path / "runs" / "cut") == whole
+
+
+def test_a_run_cannot_change_its_model_on_the_way(tmp_path: Path) -> None:
+    run_cli("pretrain.py", *SHORT, "run.name=a", "train.exit_step=1", cwd=tmp_path)
+    result = run_cli("pretrain.py", *SHORT, "run.name=a", "model.rotary_base=500", "data.seed=2", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "model.rotary_base=500: runs/a was trained with 10000" in result.stderr
+    assert "data.seed=2: runs/a was trained with 1234" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_torchrun_is_joined(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", str(ROOT / "pretrain.py")]
+    result = subprocess.run(
+        [*torchrun, *SHORT, "parallel=pp2_ep2", "run.name=t"],
+        cwd=tmp_path,
+        env=user_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    alone = run_cli("pretrain.py", *SHORT, "parallel=pp2_ep2", "run.name=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    assert losses(tmp_path / "runs" / "t") == losses(tmp_path / "runs" / "alone")
+
+
+def test_wandb_without_a_key_is_offline(tmp_path: Path) -> None:
+    result = run_cli("pretrain.py", *SHORT, "logger=wandb", "logger.log_interval=1", "run.name=w", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "runs" / "w" / "wandb").glob("offline-run-*"))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["parallel.expert_model_parallel_size=3"],
+        ["model.num_layer=3"],
+        ["+model.foo=1"],
+        ["data=blend", "data.train=[{path: nowhere}]"],
+        ["parallel.pipeline_model_parallel_size=9"],
+        ["train.global_batch_size=7"],
+        ["model=deepseekmoe_3b"],
+    ],
+)
+def test_wrong_input_ends_at_once_without_a_traceback(arguments: list[str], tmp_path: Path) -> None:
+    result = run_cli("pretrain.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert 1 <= len(result.stderr.strip().splitlines()) <= 5
+    assert all(line.startswith("error: ") for line in result.stderr.strip().splitlines())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_all_that_is_wrong_is_listed_at_once(tmp_path: Path) -> None:
+    wrong = ["model.num_layer=3", "+model.foo=1", "train.global_batch_size=7", "parallel.expert_model_parallel_size=3"]
+    result = run_cli("pretrain.py", *wrong, cwd=tmp_path)
+    assert result.returncode == 2
+    for name in ("num_layer", "foo", "global_batch_size=7", "expert_model_parallel_size=3"):
+        assert name in result.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 1), (signal.SIGINT, 130)])
+def test_one_worker_killed_or_the_command_interrupted_ends_all(number: int, code: int, tmp_path: Path) -> None:
+    mark = f"run.name=killed{number}"
+    endless = [*SHORT, "train.train_steps=100000", "evaluation.interval=100000", "parallel=pp2_ep2", mark]
+    command = subprocess.Popen(
+        [sys.executable, str(ROOT / "pretrain.py"), *endless],
+        cwd=tmp_path,
+        env=user_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in command.stdout:
+        if line.startswith("step"):
+            break
+    workers = [pid for pid in processes_mentioning(mark) if pid != command.pid]
+    assert len(workers) == 4
+    os.kill(workers[2] if number == signal.SIGKILL else command.pid, number)
+    start = time.monotonic()
+    _, errors = command.communicate(timeout=60)
+    assert time.monotonic() - start < 30
+    assert command.returncode == code
+    assert processes_mentioning(mark) == []
+    if number == signal.SIGKILL:
+        assert "was killed by SIGKILL; all ranks were ended" in errors
+
+
+def test_cfg_prints_the_resolved_configuration(tmp_path: Path) -> None:
+    arguments = ["model=deepseekmoe_16b", "parallel=pp4", "optimizer.lr=3e-4", "--cfg", "job", "--resolve"]
+    result = run_cli("pretrain.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    composed = yaml.safe_load(result.stdout)
+    assert composed["model"]["hidden_size"] == 2048
+    assert composed["parallel"]["pipeline_model_parallel_size"] == 4
+    assert composed["optimizer"]["lr"] == 3e-4
+    assert composed["run"]["dir"] == "runs/deepseekmoe_16b-pp4"

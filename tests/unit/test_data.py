@@ -1,0 +1,142 @@
+"""Documents to samples, without processes."""
+
+import itertools
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.load import compose_config
+from megatron_moe.data import corpus
+from megatron_moe.data.corpus import prepare_python_stdlib, write_indexed
+from megatron_moe.data.dataset import BlendedDataset, PackedDataset, build_datasets, unigram_entropy
+from megatron_moe.data.tokenizer import END_OF_SENTENCE, end_of_document, load_tokenizer, train_tokenizer
+
+TEXTS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)] + ["", "naïve ☃ 𝛼"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture
+def prefix(tokenizer, tmp_path: Path) -> str:
+    write_indexed(TEXTS, tokenizer, tmp_path / "tokens")
+    return str(tmp_path / "tokens")
+
+
+def test_documents_survive_the_round_trip(tokenizer, prefix: str) -> None:
+    dataset = IndexedDataset(prefix)
+    end = tokenizer.token_to_id(END_OF_SENTENCE)
+    documents = [dataset[i] for i in range(len(dataset))]
+    assert [tokenizer.decode(ids[:-1].tolist()) for ids in documents] == TEXTS
+    assert {int(ids[-1]) for ids in documents} == {end}
+    assert dataset.index.dtype == np.uint16
+
+
+def test_the_tokenizer_is_reproducible_and_loads(tokenizer, tmp_path: Path) -> None:
+    assert train_tokenizer(TEXTS, 300).to_str() == tokenizer.to_str()
+    assert tokenizer.get_vocab_size() == 300
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert end_of_document(load_tokenizer(tmp_path)) == end_of_document(tokenizer)
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_an_epoch_holds_every_token_once(prefix: str) -> None:
+    dataset = PackedDataset(prefix, 16, seed=1)
+    stream = np.concatenate([dataset[i][:-1] for i in range(len(dataset))])
+    documents = np.concatenate([dataset.documents[i] for i in range(len(dataset.documents))])
+    missing = Counter(documents.tolist()) - Counter(stream.tolist())
+    assert not Counter(stream.tolist()) - Counter(documents.tolist())
+    assert sum(missing.values()) == len(documents) - len(stream) <= 16
+
+
+def test_a_sample_is_a_function_of_its_number(prefix: str) -> None:
+    one, other = (PackedDataset(prefix, 16, seed=1) for _ in range(2))
+    numbers = [0, 5, 3 * len(one) + 2, 5, len(one)]
+    first = [one[i].tolist() for i in numbers]
+    assert [other[i].tolist() for i in reversed(numbers)] == first[::-1]
+    assert all(len(sample) == 17 for sample in first)
+    assert one[0].tolist() != one[len(one)].tolist()  # another epoch, another order
+    assert PackedDataset(prefix, 16, seed=2)[0].tolist() != first[0]
+
+
+def test_too_few_tokens_are_an_error(prefix: str) -> None:
+    with pytest.raises(ConfigError, match="fewer than one sequence"):
+        PackedDataset(prefix, 100_000, seed=1)
+
+
+def test_a_blend_holds_its_shares_at_every_prefix(prefix: str) -> None:
+    sources = [PackedDataset(prefix, 16, seed=seed) for seed in (1, 2)]
+    blend = BlendedDataset(sources, [3.0, 1.0], 400)
+    counts = np.cumsum(blend.source == 0)
+    assert np.abs(counts - 0.75 * np.arange(1, 401)).max() <= 1
+    assert blend[0].tolist() == sources[blend.source[0]][0].tolist()
+
+
+def test_ids_beyond_the_vocabulary_are_found(prefix: str) -> None:
+    config = compose_config(["data=blend", f"data.train=[{{path: {prefix}}}]", "data.sequence_length=16"])
+    config.model.vocab_size = 200
+    with pytest.raises(ConfigError, match="holds token id"):
+        build_datasets(config)
+
+
+def test_unigram_entropy_of_two_equally_likely_tokens() -> None:
+    class Two:
+        def __getitem__(self, index: int) -> np.ndarray:
+            return np.array([9, 3, 7, 3, 7])
+
+    assert unigram_entropy(Two(), 3) == pytest.approx(np.log(2))
+
+
+@pytest.fixture
+def small_stdlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = [(f"module{i}.py", text * 5) for i, text in enumerate(TEXTS)]
+    monkeypatch.setattr(corpus, "_stdlib_documents", lambda: documents)
+
+
+def stdlib_config(tmp_path: Path, *overrides: str):
+    options = [f"data.cache_dir={tmp_path}/cache", "data.tokenizer_vocab_size=300", "data.valid_fraction=0.2"]
+    return compose_config([*options, *overrides]).data
+
+
+@pytest.mark.usefixtures("small_stdlib")
+def test_the_split_shares_no_document_and_follows_the_seed(tmp_path: Path) -> None:
+    folders = [prepare_python_stdlib(stdlib_config(tmp_path, f"data.seed={seed}")) for seed in (1, 2)]
+    sizes = []
+    for folder in folders:
+        train, valid = (IndexedDataset(str(folder / name)) for name in ("train", "valid"))
+        assert len(train) + len(valid) == len(TEXTS)
+        sizes.append(sorted(valid.sequence_lengths.tolist()))
+    assert sizes[0] != sizes[1]
+
+
+@pytest.mark.usefixtures("small_stdlib")
+def test_concurrent_runs_share_one_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    builds = itertools.count()
+    build = corpus._build
+    monkeypatch.setattr(corpus, "_build", lambda *args: (next(builds), build(*args)))
+    data = stdlib_config(tmp_path)
+    threads = [threading.Thread(target=prepare_python_stdlib, args=(data,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert next(builds) == 1
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+
+
+def test_the_standard_library_is_real_text_without_its_tests() -> None:
+    documents = dict(corpus._stdlib_documents())
+    assert "import" in documents["argparse.py"]
+    assert not any("/test/" in f"/{name}" for name in documents)
+    assert sum(map(len, documents.values())) > 5_000_000

@@ -1,0 +1,75 @@
+"""Placement of layers and experts: pure arithmetic."""
+
+import pytest
+
+from megatron_moe.config.load import compose_config
+from megatron_moe.config.schema import ParallelConfig
+from megatron_moe.plan.pipeline import (
+    even_layout,
+    layers_of_stage,
+    mcore_layout,
+    num_micro_batches,
+    required_world_size,
+)
+from megatron_moe.plan.placement import placements
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "chunks", "expected"),
+    [
+        (62, 4, [15, 16, 16, 15]),  # 145B: embedding and head are a layer's work each
+        (62, 8, [7, 8, 8, 8, 8, 8, 8, 7]),
+        (4, 1, [4]),
+        (4, 2, [2, 2]),
+        (4, 4, [1, 1, 1, 1]),
+        (9, 2, [5, 4]),
+        (27, 4, [6, 8, 7, 6]),
+    ],
+)
+def test_even_layout(num_layers: int, chunks: int, expected: list[int]) -> None:
+    layout = even_layout(num_layers, chunks)
+    assert layout == expected
+    work = [layers + (chunk == 0) + (chunk == chunks - 1) for chunk, layers in enumerate(layout)]
+    assert max(work) - min(work) <= 1 or min(layout) == 1
+
+
+def test_interleaved_stages_take_chunks_in_turn() -> None:
+    config = compose_config(["parallel=pp2_vpp2"])
+    assert layers_of_stage(config.model, config.parallel, 0) == [[0], [2]]
+    assert layers_of_stage(config.model, config.parallel, 1) == [[1], [3]]
+
+
+def test_mcore_layout_holds_embedding_layers_and_loss_once() -> None:
+    config = compose_config(["model=deepseekmoe_145b", "parallel=pp4"])
+    flat = [kind for chunk in mcore_layout(config.model, config.parallel) for kind in chunk]
+    assert flat == ["embedding", *["decoder"] * 62, "loss"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "ranks"),
+    [("single", 1), ("dp2", 2), ("ep2", 2), ("pp4", 4), ("pp2_ep2", 4), ("tp2_ep2", 2), ("pp4_ep4", 16), ("cp2", 2)],
+)
+def test_required_world_size(choice: str, ranks: int) -> None:
+    assert required_world_size(compose_config([f"parallel={choice}"]).parallel) == ranks
+
+
+def test_expert_ranks_that_no_multiple_of_the_stage_fits_round_up() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, expert_model_parallel_size=3)
+    assert required_world_size(parallel) == 6
+
+
+def test_num_micro_batches() -> None:
+    config = compose_config(["train.global_batch_size=32", "train.micro_batch_size=4"])
+    assert num_micro_batches(config, world_size=2) == 4
+
+
+def test_every_layer_and_expert_lies_somewhere_once() -> None:
+    config = compose_config(["parallel=pp4_ep4"])
+    places = placements(config.model, config.parallel, 16)
+    assert sorted(rank for place in places for rank in place.ranks) == list(range(16))
+    layers = [layer for place in places[::4] for chunk in place.layers for layer in chunk]
+    assert layers == list(range(config.model.num_layers))
+    for stage in range(1, 4):
+        experts = [e for place in places if place.stage == stage for e in place.experts]
+        assert experts == list(range(64))
+    assert places[0].experts is None  # the first stage is the dense layer alone

@@ -16,12 +16,13 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from megatron_moe.config.derived import required_world_size
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import COMPOSITION_ERRORS, explain, register_schema, to_config
 from megatron_moe.config.schema import Config
 from megatron_moe.config.validate import validate
 from megatron_moe.distributed import launch
-from megatron_moe.plan.pipeline import required_world_size
+from megatron_moe.distributed.accelerators import check_apex
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="pretrain")
@@ -58,6 +59,7 @@ def train_here(config: Config, overrides: list[str]) -> None:
     """Train in this process, one of the ranks. Imports torch, which takes seconds."""
     # megatron-core warns of what is absent and of its own deprecated calls, on every rank
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
+    check_apex()
     from megatron_moe.distributed.context import distributed
     from megatron_moe.train.loop import train
 

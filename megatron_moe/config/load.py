@@ -15,10 +15,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_moe.config.derived import required_world_size
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Config
 from megatron_moe.config.validate import validate
-from megatron_moe.plan.pipeline import required_world_size
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)

@@ -7,13 +7,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from megatron_moe.config.derived import expert_tensor_parallel_size, model_parallel_size, num_chunks
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Attention, Config, DataKind
-from megatron_moe.plan.pipeline import (
-    expert_tensor_parallel_size,
-    model_parallel_size,
-    num_chunks,
-)
 
 POSITIVE = {
     "model": (

@@ -85,6 +85,7 @@ class BlendedDataset:
         return len(self.source)
 
     def __getitem__(self, index: int) -> np.ndarray:
+        index %= len(self)  # an evaluation may be rounded up to whole micro batches
         return self.datasets[self.source[index]][int(self.position[index])]
 
 

@@ -14,9 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
+from megatron_moe.config.derived import expert_tensor_parallel_size
 from megatron_moe.config.schema import ParallelConfig
 from megatron_moe.distributed import cpu, without_te
-from megatron_moe.plan.pipeline import expert_tensor_parallel_size
+from megatron_moe.distributed.accelerators import has_transformer_engine
 
 
 @dataclass(frozen=True)
@@ -48,16 +49,15 @@ def distributed(parallel: ParallelConfig, *, init_method: str = "env://") -> Ite
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     device = _local_device()
-    if not without_te.has_transformer_engine():
+    if not has_transformer_engine():
         without_te.install()
     _init_process_group(device, rank, world_size, init_method, timedelta(minutes=parallel.timeout_minutes))
-    try:
-        pg_collection = _init_model_parallel(parallel)
-        _communicate_once(pg_collection, device)
-        yield DistributedContext(rank, world_size, device, pg_collection)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    pg_collection = _init_model_parallel(parallel)
+    _communicate_once(pg_collection, device)
+    yield DistributedContext(rank, world_size, device, pg_collection)
+    # Not after an error: the other ranks do not answer, and what went wrong must be told.
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
 
 
 def _local_device() -> torch.device:

@@ -14,11 +14,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moe.config.derived import num_device_groups
 from megatron_moe.config.schema import Attention, Config
+from megatron_moe.distributed.accelerators import has_fused_weight_gradient
 from megatron_moe.model.layer_spec import block_spec, use_transformer_engine
 from megatron_moe.model.router import BalanceLossConfig, DeepSeekMoERouter
 from megatron_moe.model.transformer_config import transformer_config
-from megatron_moe.plan.pipeline import num_device_groups
 
 
 def build_model(
@@ -31,7 +32,11 @@ def build_model(
         pg_collection: groups of this rank.
         device: where parameters live.
     """
-    mcore_config = transformer_config(config, grouped_gemm=use_transformer_engine())
+    mcore_config = transformer_config(
+        config,
+        grouped_gemm=use_transformer_engine(),
+        fused_weight_gradient=device.type == "cuda" and has_fused_weight_gradient(),
+    )
     chunks = build_chunks(config, mcore_config, pg_collection, device)
     for chunk in chunks:
         initialize(chunk, seed=config.train.seed, std=config.model.init_method_std)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe.config.errors import ConfigError
-from megatron_moe.distributed.without_te import ReplicatedLinear, has_transformer_engine
+from megatron_moe.distributed.accelerators import has_transformer_engine
+from megatron_moe.distributed.without_te import ReplicatedLinear
 from megatron_moe.model.attention import ScaledDotProductAttention
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.model.router import BalanceLossConfig, router_builder
@@ -20,21 +18,6 @@ from megatron_moe.model.router import BalanceLossConfig, router_builder
 def use_transformer_engine() -> bool:
     """Whether Transformer Engine is installed and there is a GPU for it."""
     return torch.cuda.is_available() and has_transformer_engine()
-
-
-def check_apex() -> None:
-    """Refuse the web toolkit that PyPI distributes as `apex`.
-
-    Raises:
-        ConfigError: another `apex` than NVIDIA's is installed; megatron-core would take it for NVIDIA's and fail.
-    """
-    if importlib.util.find_spec("apex") is None:
-        return
-    if importlib.util.find_spec("apex.optimizers") is None:
-        raise ConfigError(
-            "the installed `apex` is the web toolkit of PyPI, not NVIDIA Apex: `pip uninstall apex` "
-            "(Apex is optional; NVIDIA's is built from github.com/NVIDIA/apex)"
-        )
 
 
 def block_spec(

@@ -8,16 +8,20 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_moe.config.derived import expert_tensor_parallel_size, is_moe_layer
 from megatron_moe.config.schema import Attention, Config, Dtype, ModelConfig, ParallelConfig
-from megatron_moe.plan.pipeline import expert_tensor_parallel_size, is_moe_layer, mcore_layout
+from megatron_moe.plan.pipeline import mcore_layout
 
 
-def transformer_config(config: Config, *, grouped_gemm: bool) -> TransformerConfig:
+def transformer_config(
+    config: Config, *, grouped_gemm: bool = False, fused_weight_gradient: bool = False
+) -> TransformerConfig:
     """Map a configuration to megatron-core's.
 
     Args:
         config: validated (config/validate.py).
         grouped_gemm: use Transformer Engine's grouped experts.
+        fused_weight_gradient: accumulate weight gradients in Apex's kernel.
     """
     fields = {
         **_architecture(config.model),
@@ -25,6 +29,7 @@ def transformer_config(config: Config, *, grouped_gemm: bool) -> TransformerConf
         **_placement(config.model, config.parallel),
         **_precision(config.precision.dtype),
         "moe_grouped_gemm": grouped_gemm,
+        "gradient_accumulation_fusion": fused_weight_gradient,
     }
     if config.model.attention is Attention.mla:
         return MLATransformerConfig(**fields, **_latent_attention(config.model))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_moe.config.derived import expert_tensor_parallel_size, is_moe_layer
 from megatron_moe.config.schema import ModelConfig, ParallelConfig
-from megatron_moe.plan.pipeline import expert_tensor_parallel_size, is_moe_layer, layers_of_stage
+from megatron_moe.plan.pipeline import layers_of_stage
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_moe.checkpoint.checkpointer import Checkpointer
 from megatron_moe.checkpoint.state import TrainState
+from megatron_moe.config.derived import num_micro_batches
 from megatron_moe.config.schema import Config
 from megatron_moe.data.dataset import SequenceDataset, build_datasets, unigram_entropy
 from megatron_moe.data.sampler import micro_batches
@@ -20,7 +21,6 @@ from megatron_moe.metrics.throughput import Throughput
 from megatron_moe.model.build import build_model
 from megatron_moe.optim.optimizer import build_optimizer, set_learning_rate
 from megatron_moe.optim.scheduler import learning_rate
-from megatron_moe.plan.pipeline import num_micro_batches
 from megatron_moe.train.evaluate import held_out_loss
 from megatron_moe.train.report import print_start, step_metrics, write_run_files
 from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
@@ -72,7 +72,7 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
     run.say(f"{config.run.dir}: from step {run.state.step:,} to {run.last_step:,}")
 
     with _logger(run) as logger:
-        batches = _batches(run)
+        batches = next_batches(run)
         throughput = Throughput()
         valid_loss = None
         while run.state.step < run.last_step:
@@ -82,11 +82,12 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
             throughput.count(config.train.global_batch_size * config.data.sequence_length)
 
             metrics: Metrics = {}
-            if run.is_due(config.logger.log_interval):
+            evaluates = run.valid_data is not None and run.is_due(config.evaluation.interval)
+            if evaluates or run.is_due(config.logger.log_interval):
                 metrics |= _measure(run, result, lr, throughput)
                 run.say(progress_line(run.state.step, config.train.train_steps, metrics))
             with throughput.paused():
-                if run.valid_data is not None and run.is_due(config.evaluation.interval):
+                if evaluates:
                     valid_loss = metrics["valid/lm_loss"] = _evaluate(run)
                 if run.is_due(config.checkpoint.save_interval):
                     _save(run)
@@ -128,8 +129,8 @@ def _logger(run: Run) -> contextlib.AbstractContextManager[MetricLogger | None]:
     return contextlib.nullcontext()
 
 
-def _batches(run: Run) -> list[Batches]:
-    """One iterator over the same micro batches for each model chunk."""
+def next_batches(run: Run) -> list[Batches]:
+    """The micro batches from here on: one iterator over the same ones for each model chunk."""
     return [
         micro_batches(
             run.train_data,

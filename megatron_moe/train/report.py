@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe.checkpoint.checkpointer import plain
+from megatron_moe.config.derived import data_parallel_size, is_moe_layer, num_device_groups, num_micro_batches
 from megatron_moe.config.schema import Config
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.metrics.routing import device_load, max_violation, relative
 from megatron_moe.model.build import routers
+from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.params import activated_params, total_params
-from megatron_moe.plan.pipeline import (
-    data_parallel_size,
-    is_moe_layer,
-    num_device_groups,
-    num_micro_batches,
-)
 from megatron_moe.plan.placement import Placement, placements
 from megatron_moe.train.step import StepResult
 
@@ -50,6 +47,8 @@ def write_run_files(config: Config, overrides: list[str]) -> None:
 
 
 def _git_revision() -> str | None:
+    if shutil.which("git") is None:
+        return None
     here = Path(__file__).parent
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=False
@@ -65,6 +64,11 @@ def start_facts(config: Config, world_size: int) -> list[tuple[str, str]]:
     schedule = config.scheduler
     decay = ", ".join(f"{m:.0%}" for m in schedule.milestones)
     return [
+        (
+            "engine",
+            f"megatron-core {importlib.metadata.version('megatron-core')}, torch {torch.__version__}, "
+            + ("Transformer Engine" if use_transformer_engine() else "no Transformer Engine: local layers"),
+        ),
         (
             "model",
             f"{model.name}: {total_params(model):,} parameters, {activated_params(model):,} activated; "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -48,40 +50,37 @@ def tiny_config(*overrides: str, world_size: int = 1) -> Config:
     return config
 
 
+@contextmanager
+def tiny_run(overrides: list[str]) -> Iterator[tuple[Any, list, int]]:
+    """Inside a rank: what the loop works with, its micro batches, and their number per step."""
+    from megatron_moe.config.derived import num_micro_batches
+    from megatron_moe.distributed.context import distributed
+    from megatron_moe.train.loop import next_batches, set_up
+
+    world_size = int(os.environ["WORLD_SIZE"])
+    config = tiny_config(*overrides, world_size=world_size)
+    with distributed(config.parallel, init_method=os.environ["MEGATRON_MOE_INIT_METHOD"]) as context:
+        run = set_up(config, context)
+        yield run, next_batches(run), num_micro_batches(config, world_size)
+
+
 def train_tiny(overrides: list[str], steps: int = 20) -> dict[str, Any]:
     """On each rank: the metrics of each step, the first step's gradients, and the held-out loss."""
-    from megatron_moe.data.sampler import micro_batches
-    from megatron_moe.distributed.context import distributed
     from megatron_moe.optim.optimizer import set_learning_rate
     from megatron_moe.optim.scheduler import learning_rate
-    from megatron_moe.plan.pipeline import num_micro_batches
     from megatron_moe.train.evaluate import held_out_loss
-    from megatron_moe.train.loop import set_up
     from megatron_moe.train.report import step_metrics
     from megatron_moe.train.step import train_step
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    config = tiny_config(*overrides, world_size=world_size)
-    with distributed(config.parallel, init_method=os.environ.get("MEGATRON_MOE_INIT_METHOD", "env://")) as context:
-        run = set_up(config, context)
-        batches = [
-            micro_batches(
-                run.train_data,
-                first_sample=0,
-                micro_batch_size=config.train.micro_batch_size,
-                pg_collection=context.pg_collection,
-                device=context.device,
-            )
-            for _ in run.pipeline.model
-        ]
+    with tiny_run(["checkpoint.resume=false", *overrides]) as (run, batches, num_micro_batches):
         metrics, gradients = [], []
         for step in range(steps):
-            set_learning_rate(run.optimizer, learning_rate(config, step))
-            result = train_step(run.pipeline, run.optimizer, batches, num_micro_batches(config, world_size))
-            metrics.append(step_metrics(config, context, run.pipeline.model, result))
+            set_learning_rate(run.optimizer, learning_rate(run.config, step))
+            result = train_step(run.pipeline, run.optimizer, batches, num_micro_batches)
+            metrics.append(step_metrics(run.config, run.context, run.pipeline.model, result))
             if step == 0:
                 gradients = optimizer_shards(run.checkpointer, "exp_avg")
-        valid = held_out_loss(run.pipeline, run.valid_data, 8, context.device)
+        valid = held_out_loss(run.pipeline, run.valid_data, 8, run.context.device)
         return {"metrics": metrics, "gradients": gradients, "valid": valid}
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.config.derived import required_world_size
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.validate import validate
-from megatron_moe.plan.pipeline import required_world_size
 
 ROOT = Path(__file__).parents[2]
 GROUPS = ["model", "parallel", "precision", "optimizer", "scheduler", "logger", "debug"]

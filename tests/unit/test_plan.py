@@ -2,15 +2,10 @@
 
 import pytest
 
+from megatron_moe.config.derived import num_micro_batches, required_world_size
 from megatron_moe.config.load import compose_config
 from megatron_moe.config.schema import ParallelConfig
-from megatron_moe.plan.pipeline import (
-    even_layout,
-    layers_of_stage,
-    mcore_layout,
-    num_micro_batches,
-    required_world_size,
-)
+from megatron_moe.plan.pipeline import even_layout, layers_of_stage, mcore_layout
 from megatron_moe.plan.placement import placements
 
 

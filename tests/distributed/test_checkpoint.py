@@ -1,0 +1,74 @@
+"""Parameters, moments and position survive in any layout."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import assemble, optimizer_shards, tiny_config, tiny_run
+
+LAYOUTS = {"single": 1, "dp2": 2, "pp2_ep2": 4, "tp2_ep2": 2, "pp2_vpp2": 2}
+STATES = ("param", "exp_avg", "exp_avg_sq")
+
+
+def save(layout: str, folder: str) -> list:
+    from megatron_moe.train.step import train_step
+
+    with tiny_run([f"parallel={layout}", f"run.dir={folder}"]) as (run, batches, num_micro_batches):
+        for _ in range(3):
+            train_step(run.pipeline, run.optimizer, batches, num_micro_batches)
+            run.state.advance(run.config.train.global_batch_size)
+        run.checkpointer.save(run.state)
+        return [optimizer_shards(run.checkpointer, state) for state in STATES]
+
+
+def load(layout: str, folder: str) -> tuple[list, int, int, set[float]]:
+    with tiny_run([f"parallel={layout}", f"run.dir={folder}"]) as (run, _, _):
+        steps = [s["step"] for part in run.optimizer.chained_optimizers for s in part.optimizer.state.values()]
+        assert len({id(step) for step in steps}) == len(steps)  # one tensor each: torch increments in place
+        shards = [optimizer_shards(run.checkpointer, state) for state in STATES]
+        return shards, run.state.step, run.state.consumed_samples, {step.item() for step in steps}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("single", "pp2_ep2"), ("pp2_ep2", "tp2_ep2"), ("tp2_ep2", "single"), ("pp2_vpp2", "dp2"), ("dp2", "pp2_vpp2")],
+)
+def test_resharding_is_bitwise(saved: str, loaded: str, tmp_path: Path) -> None:
+    before = run_ranks(save, LAYOUTS[saved], saved, str(tmp_path))
+    after = run_ranks(load, LAYOUTS[loaded], loaded, str(tmp_path))
+    assert all(result[1:] == (3, 24, {3.0}) for result in after)
+    for i, state in enumerate(STATES):
+        expected = assemble([rank[i] for rank in before])
+        found = assemble([rank[0][i] for rank in after])
+        assert expected.keys() == found.keys()
+        assert expected, state
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=f"{state} of {name}")
+
+
+def test_only_the_last_are_kept_and_partial_ones_are_ignored(tmp_path: Path) -> None:
+    run_ranks(save_often, 1, str(tmp_path))
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_00000004", "step_00000005"]
+    (folder / "step_00000009.partial").mkdir()
+    assert run_ranks(load, 1, "single", str(tmp_path))[0][1] == 5
+
+
+def save_often(folder: str) -> None:
+    with tiny_run([f"run.dir={folder}"]) as (run, _, _):
+        for _ in range(5):
+            run.state.advance(8)
+            run.checkpointer.save(run.state)
+
+
+def test_configurations_compare_by_option() -> None:
+    from megatron_moe.checkpoint.checkpointer import check_same_run, plain
+    from megatron_moe.config.errors import ConfigError
+
+    saved = plain(tiny_config())
+    check_same_run(saved, tiny_config("optimizer.lr=1", "train.train_steps=99", "parallel=ep2", world_size=2))
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(saved, tiny_config("model.router_topk=3", "train.seed=7"))
+    assert [problem.split("=")[0] for problem in caught.value.problems] == ["model.router_topk", "train.seed"]

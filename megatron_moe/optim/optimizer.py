@@ -53,9 +53,12 @@ def build_optimizer(
 
 
 def _prepare(part: DistributedOptimizer) -> None:
-    """Switch on the fused kernel, and allocate the state now and not in the first step, so that it can be loaded."""
-    if isinstance(part.optimizer, torch.optim.AdamW):
-        for group in part.optimizer.param_groups:
+    """Set each group's weight decay, switch on the fused kernel, and allocate the state, so that it can be loaded."""
+    for group in part.optimizer.param_groups:
+        group["weight_decay"] = (
+            part.config.weight_decay * group["wd_mult"]
+        )  # left to mcore's own scheduler, unused here
+        if isinstance(part.optimizer, torch.optim.AdamW):
             group["fused"] = True
     part.init_state_fn(part.optimizer, part.config)
     _set_step(part, 0)

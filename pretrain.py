@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 import warnings
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -40,6 +41,7 @@ def run(composed: DictConfig) -> int:
         launched = launch.launched_world_size(os.environ)
         world_size = launched or required_world_size(config.parallel)
         validate(config, world_size)
+        make_run_folder(config)
         if world_size > 1 and not launched:
             return launch.run_workers([sys.executable, __file__, *overrides], world_size)
         train_here(config, overrides)
@@ -53,6 +55,14 @@ def run(composed: DictConfig) -> int:
             print(text, file=sys.stderr)
         return 1
     return 0
+
+
+def make_run_folder(config: Config) -> None:
+    """Find out now, and not at the first save, whether the run has a place to write."""
+    try:
+        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir}: cannot be made: {error.strerror}") from None
 
 
 def train_here(config: Config, overrides: list[str]) -> None:
@@ -75,8 +85,8 @@ def main() -> None:
     launch.end_with_parent(os.environ)
     try:
         pretrain()
-    except COMPOSITION_ERRORS:
-        sys.exit(fail(explain(sys.argv[1:])))
+    except COMPOSITION_ERRORS as error:
+        sys.exit(fail(explain(sys.argv[1:], error)))
 
 
 def fail(error: ConfigError) -> int:

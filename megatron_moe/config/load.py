@@ -34,9 +34,9 @@ def to_config(composed: DictConfig) -> Config:
 
     Merged into a fresh schema, because Hydra's `+key=value` opens the composed one.
     """
-    plain = OmegaConf.to_container(composed, resolve=True)
-    plain.pop("hydra", None)
     try:
+        plain = OmegaConf.to_container(composed, resolve=True)
+        plain.pop("hydra", None)
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from None
@@ -50,15 +50,15 @@ def compose_config(overrides: Sequence[str]) -> Config:
     """
     try:
         return _compose(overrides)
-    except (ConfigError, *COMPOSITION_ERRORS):
-        raise explain(overrides) from None
+    except (ConfigError, *COMPOSITION_ERRORS) as error:
+        raise explain(overrides, error) from None
 
 
-def explain(arguments: Sequence[str]) -> ConfigError:
+def explain(arguments: Sequence[str], cause: Exception) -> ConfigError:
     """Everything that is wrong with a command line that did not compose.
 
     Each override is tried on top of those that work, config groups first, and the rules between options are checked
-    on what is left, so that the user sees all of it at once.
+    on what is left, so that the user sees all of it at once; `cause` is told if that finds nothing.
     """
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     accepted: list[str] = []
@@ -69,7 +69,8 @@ def explain(arguments: Sequence[str]) -> ConfigError:
             accepted.append(override)
         except (ConfigError, *COMPOSITION_ERRORS) as error:
             problems.append(f"{override}: {_first_line(error)}{_suggestion(override)}")
-    return ConfigError(*problems, *_rule_problems(accepted))
+    problems += _rule_problems(accepted)
+    return ConfigError(*(problems or [_first_line(cause)]))
 
 
 def _rule_problems(overrides: list[str]) -> tuple[str, ...]:

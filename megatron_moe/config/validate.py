@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -31,11 +32,12 @@ POSITIVE = {
 }
 NOT_NEGATIVE = {
     "model": "num_dense_layers num_shared_experts expert_balance_factor device_balance_factor",
-    "optimizer": "weight_decay adam_beta1 adam_beta2",
+    "optimizer": "weight_decay",
     "scheduler": "warmup_steps decay_factor",
     "train": "seed",
     "data": "seed",
 }
+BELOW_ONE = {"optimizer": "adam_beta1 adam_beta2", "data": "valid_fraction"}
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -84,8 +86,9 @@ def divisors(number: int) -> str:
 def _wrong_signs(config: Config) -> Iterator[tuple[str, str]]:
     """Options of the wrong sign, and what is wrong with them."""
     for table, is_wrong, rule in (
-        (POSITIVE, lambda value: value <= 0, "must be positive"),
-        (NOT_NEGATIVE, lambda value: value < 0, "must not be negative"),
+        (POSITIVE, lambda value: not 0 < value < math.inf, "must be positive"),
+        (NOT_NEGATIVE, lambda value: not 0 <= value < math.inf, "must not be negative"),
+        (BELOW_ONE, lambda value: not 0 <= value < 1, "must be at least 0 and below 1"),
     ):
         for group, names in table.items():
             for name in names.split():
@@ -251,8 +254,6 @@ def _data(config: Config) -> Iterator[str]:
                 f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level tokenizer needs at least 260 "
                 "entries (256 bytes and the special tokens)"
             )
-        if data.valid_fraction >= 1:
-            yield f"data.valid_fraction={data.valid_fraction}: must be below 1"
     if data.kind is DataKind.blend:
         if not data.train:
             yield "data.train=[]: data=blend needs at least one {path: PREFIX, weight: W}"

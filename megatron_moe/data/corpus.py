@@ -15,6 +15,7 @@ from filelock import FileLock
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
 from tokenizers import Tokenizer
 
+from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import DataConfig
 from megatron_moe.data.tokenizer import end_of_document, train_tokenizer
 
@@ -54,7 +55,10 @@ def prepare_python_stdlib(data: DataConfig) -> Path:
     """
     documents = _stdlib_documents()
     folder = Path(data.cache_dir) / f"python_stdlib-{_digest(documents, data)[:16]}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data.cache_dir={data.cache_dir}: cannot be made: {error.strerror}") from None
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             _build(documents, data, folder)

@@ -84,21 +84,22 @@ def run_workers(command: Sequence[str], world_size: int) -> int:
     all; workers end by themselves if this process is killed.
 
     Returns:
-        0, the exit code of the rank that failed first (1 if a signal killed it), or 130 after SIGINT.
+        0, the exit code of the rank that failed first (1 if a signal killed it), or 128 plus the number of the signal
+        that ended this process (130 after SIGINT).
     """
     with tempfile.TemporaryDirectory(prefix="megatron_moe-") as folder:
-        stop = threading.Event()
-        previous = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+        received: list[int] = []
+        previous = {s: signal.signal(s, lambda n, _: received.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
         workers = []
         try:
             workers += [_start(command, rank, world_size, Path(folder)) for rank in range(world_size)]
-            failures = _wait(workers, Path(folder), stop)
+            failures = _wait(workers, Path(folder), received)
         finally:
             _end(workers)
             for number, handler in previous.items():
                 signal.signal(number, handler)
-    if stop.is_set():
-        return 130
+    if received:
+        return 128 + received[0]
     return _report(failures) if failures else 0
 
 
@@ -139,11 +140,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _wait(workers: Sequence[subprocess.Popen], folder: Path, stop: threading.Event) -> list[Failure]:
+def _wait(workers: Sequence[subprocess.Popen], folder: Path, received: list[int]) -> list[Failure]:
     """Until all have ended well, or one badly and the others had time to say why."""
     deadline = None
     ended: dict[int, float] = {}
-    while not stop.is_set():
+    while not received:
         codes = [worker.poll() for worker in workers]
         for rank, code in enumerate(codes):
             if code is not None:
@@ -153,7 +154,7 @@ def _wait(workers: Sequence[subprocess.Popen], folder: Path, stop: threading.Eve
             deadline = time.monotonic() + GRACE_S
         if None not in codes or (deadline is not None and time.monotonic() > deadline):
             return [_failure(rank, codes[rank], ended[rank], folder) for rank in failed]
-        stop.wait(POLL_S)
+        time.sleep(POLL_S)
     return []
 
 

@@ -35,7 +35,6 @@ PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wand
 def write_run_files(config: Config, overrides: list[str]) -> None:
     """Leave the resolved configuration, the overrides and the software's versions in the run's folder."""
     folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
     environment = {
         "overrides": overrides,

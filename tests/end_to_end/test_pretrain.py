@@ -118,6 +118,9 @@ def test_wandb_without_a_key_is_offline(tmp_path: Path) -> None:
         ["parallel.pipeline_model_parallel_size=9"],
         ["train.global_batch_size=7"],
         ["model=deepseekmoe_3b"],
+        ["~model"],
+        ["--config-name=nothing"],
+        ["run.dir=/proc/nothing"],
     ],
 )
 def test_wrong_input_ends_at_once_without_a_traceback(arguments: list[str], tmp_path: Path) -> None:
@@ -137,7 +140,7 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path: Path) -> None:
         assert name in result.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 1), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 1), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_one_worker_killed_or_the_command_interrupted_ends_all(number: int, code: int, tmp_path: Path) -> None:
     mark = f"run.name=killed{number}"
     endless = [*SHORT, "train.train_steps=100000", "evaluation.interval=100000", "parallel=pp2_ep2", mark]

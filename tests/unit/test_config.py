@@ -92,7 +92,12 @@ def test_every_wrong_override_is_listed() -> None:
         (["scheduler.milestones=[0.9,0.8]"], "must rise within 0 and 1"),
         (["train.exit_step=301"], "must not exceed train.train_steps=300"),
         (["parallel.data_parallel_size=2", "parallel=ep4"], "must divide the 2 ranks of a pipeline stage"),
-        (["data.valid_fraction=1.5"], "data.valid_fraction=1.5: must be below 1"),
+        (["data.valid_fraction=1.5"], "data.valid_fraction=1.5: must be at least 0 and below 1"),
+        (["optimizer.adam_beta2=1.0"], "optimizer.adam_beta2=1.0: must be at least 0 and below 1"),
+        (["optimizer.lr=nan"], "optimizer.lr=nan: must be positive"),
+        (["optimizer.lr=inf"], "optimizer.lr=inf: must be positive"),
+        (["train.train_steps"], "Error parsing override"),
+        (["~model"], "interpolation"),
     ],
 )
 def test_rules(overrides: list[str], expected: str) -> None:

@@ -2,7 +2,7 @@
 
 Alone, it starts as many workers on this host as the layout needs; under torchrun or srun it joins them.
 `--cfg job --resolve` prints the configuration. Exit codes: 0 done, 2 the user's input,
-130 interrupted, 1 anything else.
+128 plus its number after a signal (130 for Ctrl-C), 1 anything else.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ from megatron.core import utils
 from megatron.core.models.common.embeddings import rotary_pos_embedding
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.tensor_parallel import mappings
 from megatron.core.transformer.moe import token_dispatcher
+from torch import Tensor
 
 CPU = torch.device("cpu")
 
@@ -83,7 +85,7 @@ def _streams() -> None:
 
 
 def _pinned_positions() -> None:
-    def slice_for_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: dist.ProcessGroup) -> torch.Tensor:
+    def slice_for_rank(pos_emb: Tensor, seq_dim: int, cp_group: dist.ProcessGroup) -> Tensor:
         rank, size = cp_group.rank(), cp_group.size()
         chunks = pos_emb.chunk(2 * size, dim=seq_dim)
         return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]), dim=seq_dim)
@@ -99,6 +101,36 @@ def _split_sizes() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
     )
+
+
+GATHER = mappings._gather_along_first_dim
+REDUCE_SCATTER = mappings._reduce_scatter_along_first_dim
+
+
+def _uneven_parts() -> None:
+    def gather(
+        input_: Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, buffer: bool = False
+    ) -> Tensor:
+        if sizes is None:
+            return GATHER(input_, group, None, buffer)
+        longest = max(sizes)
+        parts = GATHER(_pad_rows(input_, longest), group).split(longest)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    def scatter(
+        input_: Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, buffer: bool = False
+    ) -> Tensor:
+        if sizes is None:
+            return REDUCE_SCATTER(input_, group, None, buffer)
+        padded = torch.cat([_pad_rows(part, max(sizes)) for part in input_.split(sizes)])
+        return REDUCE_SCATTER(padded, group)[: sizes[group.rank()]]
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = scatter
+
+
+def _pad_rows(x: Tensor, rows: int) -> Tensor:
+    return torch.cat((x, x.new_zeros(rows - x.shape[0], *x.shape[1:])))
 
 
 def _replace_constants(function: Callable[..., Any], replacements: dict[str, str]) -> None:
@@ -125,4 +157,5 @@ WORKAROUNDS: dict[str, Callable[[], None]] = {
     "pinned_positions": _pinned_positions,
     "tensor_cuda": _tensor_cuda,
     "split_sizes": _split_sizes,
+    "uneven_parts": _uneven_parts,
 }

@@ -35,6 +35,6 @@ def held_out_loss(pipeline: Pipeline, dataset: SequenceDataset, num_samples: int
         )
         for _ in pipeline.model
     ]
-    loss = pipeline.run(batches, math.ceil(num_samples / at_once), forward_only=True).values
+    loss = pipeline.run(batches, math.ceil(num_samples / at_once), forward_only=True)
     dist.all_reduce(loss)
     return (loss[0] / loss[1]).item()

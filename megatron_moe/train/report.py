@@ -164,7 +164,7 @@ def step_metrics(
     """
     moe_layers = range(config.model.num_dense_layers, config.model.num_layers)
     tokens, losses = _routing_sums(config, model, moe_layers, context.device)
-    loss = result.loss.values.clone()
+    loss = result.loss.clone()
     for values in (tokens, losses, loss):
         dist.all_reduce(values)
     replicas = data_parallel_size(config.parallel, context.world_size)

@@ -21,26 +21,15 @@ Batches = Iterator[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class LossSum:
-    """Summed language-model loss and number of targets of this rank; both 0 but on the last pipeline stage.
-
-    Attributes:
-        values: [2], float32: sum of the loss in nats, targets.
-    """
-
-    values: Tensor
-
-
-@dataclass(frozen=True)
 class StepResult:
     """What one training step yields.
 
     Attributes:
-        loss: this rank's.
+        loss: of this rank, as `Pipeline.run` returns it.
         grad_norm: of all parameters on all ranks, before clipping.
     """
 
-    loss: LossSum
+    loss: Tensor
     grad_norm: float
 
 
@@ -53,8 +42,13 @@ class Pipeline:
     sequence_length: int
     micro_batch_size: int
 
-    def run(self, batches: list[Batches], num_micro_batches: int, *, forward_only: bool) -> LossSum:
-        """Forward, and backward unless `forward_only`, of `num_micro_batches` from one iterator per model chunk."""
+    def run(self, batches: list[Batches], num_micro_batches: int, *, forward_only: bool) -> Tensor:
+        """Forward, and backward unless `forward_only`, of `num_micro_batches` from one iterator per model chunk.
+
+        Returns:
+            Sum of the language-model loss in nats, and number of targets, [2] float32; of this rank, 0 but on the last
+            pipeline stage. Balance losses are in the gradient only.
+        """
         schedule = get_forward_backward_func(
             self.pg_collection.pp.size(), len(self.model) if len(self.model) > 1 else None
         )
@@ -71,7 +65,7 @@ class Pipeline:
             **({"p2p_communicator": self._communicator()} if pipelined else {}),
         )
         device = next(self.model[0].parameters()).device
-        return LossSum(sum(losses, torch.zeros(2, device=device)))
+        return sum(losses, torch.zeros(2, device=device))
 
     def _communicator(self) -> P2PCommunicator:
         return P2PCommunicator(self.pg_collection.pp, get_model_config(self.model[0]))

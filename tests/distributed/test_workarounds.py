@@ -13,9 +13,10 @@ EXERCISE = {  # what needs it, where one rank of the plain model does not
     "split_sizes": ["parallel=ep2"],
     "pinned_positions": ["parallel=cp2"],
     "synchronize": ["parallel=pp2"],
+    "uneven_parts": ["parallel=tp2_ep2", "parallel.expert_tensor_parallel_size=2"],
     "latent_projections": MLA,
 }
-RANKS = {"split_sizes": 2, "pinned_positions": 2, "synchronize": 2}
+RANKS = {"split_sizes": 2, "pinned_positions": 2, "synchronize": 2, "uneven_parts": 4}
 
 
 def train_without(name: str, overrides: list[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -36,10 +38,14 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list
             sender.close()
             processes.append(process)
         try:
-            return _collect(pipes, world_size)
+            results = _collect(pipes, world_size)
+            for process in processes:
+                process.join(timeout=10)
+            return results
         finally:
             for process in processes:
-                process.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.join()
 
 
@@ -71,6 +77,7 @@ def _collect(pipes: dict[Connection, int], world_size: int) -> list[Any]:
 def _rank_main(
     sender: Connection, init_method: str, rank: int, world_size: int, function: Callable[..., Any], args: tuple
 ) -> None:
+    os.setsid()  # so that what a rank starts ends with it
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),

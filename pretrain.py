@@ -15,9 +15,9 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from megatron_moe.config.derived import required_world_size
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import COMPOSITION_ERRORS, explain, register_schema, to_config
 from megatron_moe.config.schema import Config
@@ -36,17 +36,17 @@ def pretrain(composed: DictConfig) -> None:
 def run(composed: DictConfig) -> int:
     """Check the configuration, then train here or in workers; returns the exit code."""
     try:
-        config = to_config(composed)
-        overrides = list(HydraConfig.get().overrides.task)
-        launched = launch.launched_world_size(os.environ)
-        world_size = launched or required_world_size(config.parallel)
-        validate(config, world_size)
-        make_run_folder(config)
-        if world_size > 1 and not launched:
-            return launch.run_workers([sys.executable, __file__, *overrides], world_size)
-        train_here(config, overrides)
+        config, world_size = load(composed)
     except ConfigError as error:
         return fail(error)
+    overrides = list(HydraConfig.get().overrides.task)
+    try:
+        if world_size > 1 and launch.launched_world_size(os.environ) is None:
+            arguments = overrides if is_sweep() else sys.argv[1:]
+            return launch.run_workers([sys.executable, __file__, *arguments], world_size)
+        train_here(config, overrides)
+    except ConfigError as error:
+        return fail(error, only_here=True)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -55,6 +55,24 @@ def run(composed: DictConfig) -> int:
             print(text, file=sys.stderr)
         return 1
     return 0
+
+
+def load(composed: DictConfig) -> tuple[Config, int]:
+    """The checked configuration and the number of ranks that run it."""
+    try:
+        config = to_config(composed)
+    except ConfigError as error:
+        raise explain(sys.argv[1:], error) from None
+    world_size = validate(config, launch.launched_world_size(os.environ))
+    if is_sweep() and not any(o.startswith(("run.name=", "run.dir=")) for o in HydraConfig.get().overrides.task):
+        raise ConfigError("run.name: each job of a sweep needs its own, such as run.name='lr-${optimizer.lr}'")
+    make_run_folder(config)
+    return config, world_size
+
+
+def is_sweep() -> bool:
+    """Whether Hydra runs several jobs (`--multirun`)."""
+    return HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def make_run_folder(config: Config) -> None:
@@ -85,14 +103,14 @@ def main() -> None:
     launch.end_with_parent(os.environ)
     try:
         pretrain()
-    except COMPOSITION_ERRORS as error:
+    except (ValueError, *COMPOSITION_ERRORS) as error:  # ValueError: flags of Hydra that do not go together
         sys.exit(fail(explain(sys.argv[1:], error)))
 
 
-def fail(error: ConfigError) -> int:
-    """Tell the user what to change; every rank finds the same, so one says it."""
+def fail(error: ConfigError, *, only_here: bool = False) -> int:
+    """Tell the user what to change. Every rank finds the same, so rank 0 says it, unless it was found `only_here`."""
     shown_by_launcher = launch.record_failure("configuration", error.report(), os.environ)
-    if not shown_by_launcher and os.environ.get("RANK", "0") == "0":
+    if not shown_by_launcher and (only_here or os.environ.get("RANK", "0") == "0"):
         print(error.report(), file=sys.stderr)
     return launch.USER_ERROR
 

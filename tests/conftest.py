@@ -3,3 +3,6 @@ import os
 # Before torch is imported anywhere: two cores are shared by up to four ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
+# What these tests compare is computed on CPUs; tests/gpu gives its ranks the GPUs back.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -17,20 +17,22 @@ from megatron_moe.config.errors import ConfigError
 
 
 def documents(paths: list[Path], field: str) -> Iterator[str]:
-    """The text of each line of each file.
+    """The text of each line of each file; blank lines hold none.
 
     Raises:
-        ConfigError: a line is no JSON object with a text in `field`.
+        ConfigError: a line is no UTF-8, or no JSON object with a text in `field`.
     """
     for path in paths:
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                yield _text(path, number, line, field)
+                if line.strip():
+                    yield _text(path, number, line, field)
 
 
-def _text(path: Path, number: int, line: str, field: str) -> str:
+def _text(path: Path, number: int, line: bytes, field: str) -> str:
     try:
         text = json.loads(line)[field]
+        str(text).encode()  # JSON can spell halves of characters, which no tokenizer takes
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}:{number}: no JSON object with the field {field!r} ({error})") from None
     if not isinstance(text, str):
@@ -60,8 +62,11 @@ def preprocess(args: argparse.Namespace) -> tuple[int, int]:
     from megatron_moe.data.corpus import write_indexed
     from megatron_moe.data.tokenizer import load_tokenizer
 
+    tokenizer = load_tokenizer(args.tokenizer)
+    if all(path.stat().st_size == 0 for path in args.input):
+        raise ConfigError(f"{', '.join(map(str, args.input))}: no documents")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    return write_indexed(documents(args.input, args.field), load_tokenizer(args.tokenizer), args.output)
+    return write_indexed(documents(args.input, args.field), tokenizer, args.output)
 
 
 if __name__ == "__main__":

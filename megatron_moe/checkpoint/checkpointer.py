@@ -15,16 +15,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Config
 from megatron_moe.optim.optimizer import load_state
 
-# Every tensor of the optimizer is saved under its parameter's name, so that it loads in any layout
-# (mcore 0.16.1, distrib_optimizer.py, sharded_state_dict).
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 # What a run may not change on the way: other weights, or another sequence of samples.
 FIXED_OPTIONS = (
     "model",
@@ -79,15 +76,18 @@ class Checkpointer:
         dist.barrier()
         return final
 
-    def load_latest(self) -> TrainState:
-        """Load the newest checkpoint, if there is one and `checkpoint.resume`; on all ranks.
+    def load_latest(self) -> tuple[TrainState, list[str]]:
+        """Load the newest checkpoint, if there is one; on all ranks.
+
+        Returns:
+            Where the run stands, and the options that have changed since.
 
         Raises:
             ConfigError: the checkpoint is of another model or of other data.
         """
         saved = saved_steps(self.folder)
-        if not saved or not self.config.checkpoint.resume:
-            return TrainState()
+        if not saved:
+            return TrainState(), []
         description = json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))
         check_same_run(description["config"], self.config)
         same_ranks = description["world_size"] == dist.get_world_size()
@@ -95,24 +95,30 @@ class Checkpointer:
         loaded = dist_checkpointing.load(request, str(saved[-1]))
         for name, chunk in self._named_chunks():
             chunk.load_state_dict(loaded[name])
-        for part, state in zip(self.optimizer.chained_optimizers, loaded["optimizer"], strict=True):
+        for part, state in zip(self._optimizer_parts(), loaded["optimizer"], strict=True):
             load_state(part, state, description["step"])
         if same_ranks:
             torch.set_rng_state(loaded["rng"].view(-1))
-        return TrainState(description["step"], description["consumed_samples"])
+        state = TrainState(description["step"], description["consumed_samples"])
+        return state, changed_options(description["config"], self.config)
 
     def sharded_state_dict(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
         """This rank's tensors with their names and places in the whole model."""
         state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in self._named_chunks()}
-        # Only the tensors: how many optimizers and groups there are depends on the layout.
+        # Only the tensors, each under its parameter's name: how many optimizers and groups there are depends on the
+        # layout (mcore 0.16.1, distrib_optimizer.py, sharded_state_dict).
         state["optimizer"] = [
-            part.sharded_state_dict(state, is_loading, metadata=SHARDING)["param_state"]
-            for part in self.optimizer.chained_optimizers
+            part.sharded_param_state_fully_reshardable(state, is_loading, metadata={})
+            for part in self._optimizer_parts()
         ]
         if with_rng:
             place = (0, dist.get_rank(), dist.get_world_size())
             state["rng"] = ShardedTensor.from_rank_offsets("rng", torch.get_rng_state()[None], place)
         return state
+
+    def _optimizer_parts(self) -> list[DistributedOptimizer]:
+        """Of this rank; the experts' has nothing on a stage without experts."""
+        return [part for part in self.optimizer.chained_optimizers if part.optimizer.state]
 
     def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
         """megatron-core's own names for virtual stages, which its optimizer expects."""
@@ -145,8 +151,18 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
         if _lookup(saved, option) != _lookup(now, option)
     ]
     if problems:
-        fix = "to start another run, give run.name=NEW or checkpoint.resume=false"
-        raise ConfigError(*(f"{problem}; {fix}" for problem in problems))
+        raise ConfigError(*(f"{problem}; start another run with run.name=NEW" for problem in problems))
+
+
+def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
+    """Options that differ from those of a checkpoint, as 'optimizer.lr: 0.004 -> 0.001'."""
+    now = plain(config)
+    return [
+        f"{option}: {_lookup(saved, option)} -> {_lookup(now, option)}"
+        for group in now
+        for option in _leaves(now, group)
+        if _lookup(saved, option) != _lookup(now, option)
+    ]
 
 
 def _leaves(config: dict[str, Any], name: str) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,7 +16,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_moe.config.derived import required_world_size
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Config
 from megatron_moe.config.validate import validate
@@ -60,7 +60,7 @@ def explain(arguments: Sequence[str], cause: Exception) -> ConfigError:
     Each override is tried on top of those that work, config groups first, and the rules between options are checked
     on what is left, so that the user sees all of it at once; `cause` is told if that finds nothing.
     """
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    overrides = get_args_parser().parse_args(list(arguments)).overrides
     accepted: list[str] = []
     problems = []
     for override in sorted(overrides, key=lambda o: not _is_group(o)):
@@ -76,7 +76,7 @@ def explain(arguments: Sequence[str], cause: Exception) -> ConfigError:
 def _rule_problems(overrides: list[str]) -> tuple[str, ...]:
     try:
         config = _compose(overrides)
-        validate(config, required_world_size(config.parallel))
+        validate(config, None)
     except ConfigError as error:
         return error.problems
     return ()

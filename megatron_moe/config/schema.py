@@ -19,7 +19,7 @@ class Attention(Enum):
 
 
 class Dtype(Enum):
-    """Type of parameters and activations. The router, optimizer state and gradient sums are fp32 in both."""
+    """Type of parameters and activations. Router logits, optimizer state and gradient sums are fp32 in both."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -175,11 +175,10 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """Saving every `save_interval` steps and at the end. With `resume`, a run goes on from its latest checkpoint."""
+    """Saving every `save_interval` steps and at the end; the `keep_last` newest stay. A run goes on from its latest."""
 
     save_interval: int = 500
     keep_last: int = 2
-    resume: bool = True
 
 
 @dataclass(kw_only=True)

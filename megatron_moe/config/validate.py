@@ -8,7 +8,12 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megatron_moe.config.derived import expert_tensor_parallel_size, model_parallel_size, num_chunks
+from megatron_moe.config.derived import (
+    expert_tensor_parallel_size,
+    model_parallel_size,
+    num_chunks,
+    required_world_size,
+)
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Attention, Config, DataKind
 
@@ -40,12 +45,15 @@ NOT_NEGATIVE = {
 BELOW_ONE = {"optimizer": "adam_beta1 adam_beta2", "data": "valid_fraction"}
 
 
-def validate(config: Config, world_size: int) -> None:
-    """Check a configuration for a number of ranks.
+def validate(config: Config, launched: int | None) -> int:
+    """Check a configuration.
 
     Args:
         config: typed, options in place.
-        world_size: ranks that will run it.
+        launched: ranks that a launcher has started; None without one.
+
+    Returns:
+        Ranks that run it: those launched, or as many as it asks for.
 
     Raises:
         ConfigError: with one line per problem: option, value, rule, what would work.
@@ -54,11 +62,13 @@ def validate(config: Config, world_size: int) -> None:
     if of_wrong_sign:
         config = _with_ones(config, of_wrong_sign)  # so that the rules below can divide
     problems = [*of_wrong_sign.values()]
+    world_size = launched or required_world_size(config.parallel)
     for problem in _rule_problems(config, world_size):
-        if not any(option.split(".")[1] in problem for option in of_wrong_sign):
+        if not any(re.search(rf"\b{option.split('.')[1]}\b", problem) for option in of_wrong_sign):
             problems.append(problem)
     if problems:
         raise ConfigError(*problems)
+    return world_size
 
 
 def _rule_problems(config: Config, world_size: int) -> Iterator[str]:
@@ -125,8 +135,9 @@ def _model(config: Config) -> Iterator[str]:
             f"model.num_dense_layers={model.num_dense_layers}: must be below model.num_layers={model.num_layers}, "
             "or no layer has experts"
         )
-    if model.attention is Attention.mha and model.kv_channels % 2:
-        yield f"model.kv_channels={model.kv_channels}: must be even, rotary embedding turns pairs"
+    rotary = "kv_channels" if model.attention is Attention.mha else "qk_pos_emb_head_dim"
+    if getattr(model, rotary) % 2:
+        yield f"model.{rotary}={getattr(model, rotary)}: must be even, rotary embedding turns pairs"
     if model.num_device_groups is not None:
         yield from _divides(config, "model.num_device_groups", "model.num_experts")
 

@@ -26,13 +26,16 @@ ENCODE_BATCH = 256  # documents; bounds memory
 def write_indexed(documents: Iterable[str], tokenizer: Tokenizer, prefix: Path) -> tuple[int, int]:
     """Tokenize documents, each ended by the end-of-sentence token, into `prefix`.bin and `prefix`.idx.
 
+    The files get their names when they are whole; until then they are `prefix`.partial.
+
     Returns:
         Documents and tokens written.
 
     Source of the format: mcore 0.16.1, datasets/indexed_dataset.py; 16-bit ids when the vocabulary allows.
     """
     dtype = DType.optimal_dtype(tokenizer.get_vocab_size())
-    builder = IndexedDatasetBuilder(get_bin_path(str(prefix)), dtype=dtype)
+    partial = f"{prefix}.partial"
+    builder = IndexedDatasetBuilder(get_bin_path(partial), dtype=dtype)
     end = end_of_document(tokenizer)
     num_documents = num_tokens = 0
     for batch in _batched(documents, ENCODE_BATCH):
@@ -40,7 +43,9 @@ def write_indexed(documents: Iterable[str], tokenizer: Tokenizer, prefix: Path) 
             ids = np.array([*encoding.ids, end], dtype=dtype)
             builder.add_document(torch.from_numpy(ids.astype(np.int64)), [len(ids)])
             num_documents, num_tokens = num_documents + 1, num_tokens + len(ids)
-    builder.finalize(get_idx_path(str(prefix)))
+    builder.finalize(get_idx_path(partial))
+    for path_of in (get_bin_path, get_idx_path):
+        Path(path_of(partial)).replace(path_of(str(prefix)))
     return num_documents, num_tokens
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from struct import Struct
 from typing import Protocol
 
 import numpy as np
@@ -23,14 +25,33 @@ class SequenceDataset(Protocol):
     def __getitem__(self, index: int) -> np.ndarray: ...
 
 
+@dataclass(frozen=True)
+class EpochOrder:
+    """How an epoch goes through the data.
+
+    Attributes:
+        documents: their order, [documents].
+        cuts: (index into that order, offset in tokens) where each sequence begins, [sequences + 1, 2].
+        sequences: their order, [sequences].
+    """
+
+    documents: np.ndarray
+    cuts: np.ndarray
+    sequences: np.ndarray
+
+
 class PackedDataset:
     """The documents of one indexed dataset, put end to end and cut into sequences.
 
     Each epoch has its own order of documents and then of sequences, so that a sample is a function of seed and number.
+    The order is held in memory, 24 bytes a sequence and 4 a document.
+
+    Raises:
+        ConfigError: the files are no indexed dataset, or too short for one sequence.
     """
 
     def __init__(self, prefix: str, sequence_length: int, *, seed: int) -> None:
-        self.documents = IndexedDataset(prefix)
+        self.documents = open_indexed(prefix)
         self.sequence_length = sequence_length
         self.seed = seed
         self.num_tokens = int(self.documents.sequence_lengths.sum(dtype=np.int64))
@@ -39,20 +60,19 @@ class PackedDataset:
                 f"{prefix}: holds {self.num_tokens} tokens, fewer than one sequence of data.sequence_length="
                 f"{sequence_length} and its target"
             )
-        self._epoch = -1
+        self._orders: dict[int, EpochOrder] = {}
 
     def __len__(self) -> int:
         return (self.num_tokens - 1) // self.sequence_length
 
     def __getitem__(self, index: int) -> np.ndarray:
         epoch, position = divmod(index, len(self))
-        if epoch != self._epoch:
-            self._order(epoch)
-        position = self._sequence_order[position]
-        (first, start), (last, end) = self._cuts[position], self._cuts[position + 1]
+        order = self._order(epoch)
+        position = order.sequences[position]
+        (first, start), (last, end) = order.cuts[position], order.cuts[position + 1]
         parts = [
             self.documents.get(
-                int(self._document_order[i]),
+                int(order.documents[i]),
                 offset=int(start) if i == first else 0,
                 length=int(end) + 1 - (int(start) if i == first else 0) if i == last else None,
             )
@@ -60,15 +80,19 @@ class PackedDataset:
         ]
         return np.concatenate(parts).astype(np.int64)
 
-    def _order(self, epoch: int) -> None:
-        """Order documents and sequences for an epoch."""
+    def _order(self, epoch: int) -> EpochOrder:
+        """Of an epoch; two are kept, for readers on both sides of a boundary."""
+        if epoch not in self._orders:
+            self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
+            self._orders[epoch] = self._draw_order(epoch)
+        return self._orders[epoch]
+
+    def _draw_order(self, epoch: int) -> EpochOrder:
         random = np.random.default_rng((self.seed, epoch))
         lengths = np.array(self.documents.sequence_lengths)
-        self._document_order = random.permutation(len(lengths)).astype(np.int32)
-        self._sequence_order = random.permutation(len(self))
-        # mcore's C++ helper: rows of (index into the document order, offset) where each sequence begins
-        self._cuts = helpers.build_sample_idx(lengths, self._document_order, self.sequence_length, 1, self.num_tokens)
-        self._epoch = epoch
+        documents = random.permutation(len(lengths)).astype(np.int32)
+        cuts = helpers.build_sample_idx(lengths, documents, self.sequence_length, 1, self.num_tokens)
+        return EpochOrder(documents, cuts, random.permutation(len(self)))
 
 
 class BlendedDataset:
@@ -103,6 +127,37 @@ class MockDataset:
     def __getitem__(self, index: int) -> np.ndarray:
         random = np.random.default_rng((self.seed, index))
         return random.integers(self.vocab_size, size=self.sequence_length + 1)
+
+
+def open_indexed(prefix: str) -> IndexedDataset:
+    """Open `prefix`.bin and `prefix`.idx, once their sizes agree with what the index says.
+
+    Raises:
+        ConfigError: they are damaged, empty, or do not belong together.
+
+    Source of the format: mcore 0.16.1, datasets/indexed_dataset.py, _IndexWriter.
+    """
+    header = Struct("<9sQBQQ")  # magic, version, type of the ids, sequences, document boundaries
+    index, ids = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    with index.open("rb") as file:
+        start = file.read(header.size)
+    if len(start) < header.size or not start.startswith(b"MMIDIDX"):
+        raise ConfigError(f"{index}: is no index of an indexed dataset")
+    *_, sequences, boundaries = header.unpack(start)
+    _check_size(index, header.size + 12 * sequences + 8 * boundaries)
+    if ids.stat().st_size == 0:
+        raise ConfigError(f"{ids}: holds no tokens")
+    dataset = IndexedDataset(prefix)
+    num_tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
+    _check_size(ids, num_tokens * np.dtype(dataset.index.dtype).itemsize)
+    return dataset
+
+
+def _check_size(path: Path, expected: int) -> None:
+    if path.stat().st_size != expected:
+        raise ConfigError(
+            f"{path}: has {path.stat().st_size} bytes where its index describes {expected}; it is damaged"
+        )
 
 
 def build_datasets(config: Config) -> tuple[SequenceDataset, SequenceDataset | None]:

@@ -15,8 +15,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from megatron_moe.config.derived import expert_tensor_parallel_size
+from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import ParallelConfig
-from megatron_moe.distributed import cpu, without_te
+from megatron_moe.distributed import cpu, launch, without_te
 from megatron_moe.distributed.accelerators import has_transformer_engine
 
 
@@ -61,13 +62,19 @@ def distributed(parallel: ParallelConfig, *, init_method: str = "env://") -> Ite
 
 
 def _local_device() -> torch.device:
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.is_available() and torch.cuda.device_count() >= local_world_size:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-        return device
-    cpu.install()
-    return cpu.CPU
+    """A GPU of its own, or the CPU where there is none and where a laptop's GPUs are fewer than the workers."""
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    started_here = launch.PARENT in os.environ
+    if gpus == 0 or (gpus < ranks and started_here):
+        cpu.install()
+        return cpu.CPU
+    if 1 < gpus < ranks:
+        raise ConfigError(f"{ranks} ranks on this node see {gpus} GPUs: start one rank per GPU, or none sees a GPU")
+    device = torch.device(
+        "cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus
+    )  # Slurm may show each task only its own
+    torch.cuda.set_device(device)
+    return device
 
 
 def _init_process_group(device: torch.device, rank: int, world_size: int, init_method: str, timeout: timedelta) -> None:

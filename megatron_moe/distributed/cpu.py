@@ -26,6 +26,23 @@ from torch import Tensor
 CPU = torch.device("cpu")
 
 
+# Functions with `device="cuda"`, and those that compare `param.type()` with a name.
+DEVICE_LITERALS: tuple[Callable[..., Any], ...] = (
+    schedules.forward_backward_no_pipelining,
+    schedules.forward_backward_pipelining_with_interleaving,
+    schedules.forward_backward_pipelining_without_interleaving,
+    clip_grads.get_grad_norm_fp32,
+    clip_grads.clip_grad_by_total_norm_fp32,
+    utils.local_multi_tensor_l2_norm,
+    optimizer.MixedPrecisionOptimizer.__init__,
+)
+TYPE_NAMES: tuple[Callable[..., Any], ...] = (
+    clip_grads.clip_grad_by_total_norm_fp32,
+    distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups,
+    distrib_optimizer.DistributedOptimizer.__init__,
+)
+
+
 def install() -> None:
     """Apply every work-around. Idempotent."""
     for apply in WORKAROUNDS.values():
@@ -37,25 +54,13 @@ def _current_device() -> None:
 
 
 def _device_literals() -> None:
-    for function in (
-        schedules.forward_backward_no_pipelining,
-        schedules.forward_backward_pipelining_with_interleaving,
-        schedules.forward_backward_pipelining_without_interleaving,
-        clip_grads.get_grad_norm_fp32,
-        clip_grads.clip_grad_by_total_norm_fp32,
-        utils.local_multi_tensor_l2_norm,
-        optimizer.MixedPrecisionOptimizer.__init__,
-    ):
+    for function in DEVICE_LITERALS:
         _replace_constants(function, {"cuda": "cpu"})
 
 
 def _type_names() -> None:
     names = {f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
-    for function in (
-        clip_grads.clip_grad_by_total_norm_fp32,
-        distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups,
-        distrib_optimizer.DistributedOptimizer.__init__,
-    ):
+    for function in TYPE_NAMES:
         _replace_constants(function, names)
 
 

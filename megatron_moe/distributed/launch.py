@@ -52,7 +52,7 @@ def first_host(nodelist: str) -> str:
 
 def launched_world_size(environment: Mapping[str, str]) -> int | None:
     """Ranks that a launcher has started, or None where there is no launcher."""
-    return int(environment["WORLD_SIZE"]) if "RANK" in environment else None
+    return int(environment["WORLD_SIZE"]) if {"RANK", "WORLD_SIZE"} <= environment.keys() else None
 
 
 @dataclass(frozen=True)

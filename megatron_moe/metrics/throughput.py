@@ -11,6 +11,9 @@ class Throughput:
     """Tokens per second between two reports."""
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self._start = time.perf_counter()
         self._paused = 0.0
         self._tokens = 0
@@ -32,7 +35,7 @@ class Throughput:
         """Tokens per second and seconds per step since the last report, which this one resets."""
         elapsed = max(time.perf_counter() - self._start - self._paused, 1e-9)
         rates = self._tokens / elapsed, elapsed / max(self._steps, 1)
-        self.__init__()
+        self._reset()
         return rates
 
 

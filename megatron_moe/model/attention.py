@@ -62,8 +62,9 @@ class ScaledDotProductAttention(MegatronModule):
             [s, b, heads * v_channels].
         """
         v_channels = value.shape[-1]
-        if query.device.type == "cpu" and query.shape[-1] != v_channels:
-            value = F.pad(value, (0, query.shape[-1] - v_channels))  # the CPU kernel wants equal widths
+        if query.device.type == "cpu" and query.shape[-1] != v_channels:  # its kernel wants equal widths
+            width = max(query.shape[-1], v_channels)
+            query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
         if self.cp_group.size() == 1:
             output = self._attend(query, key, value)
         else:

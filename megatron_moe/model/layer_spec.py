@@ -16,8 +16,8 @@ from megatron_moe.model.router import BalanceLossConfig, router_builder
 
 
 def use_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed and there is a GPU for it."""
-    return torch.cuda.is_available() and has_transformer_engine()
+    """Whether Transformer Engine is installed and this rank has a GPU (distributed/context.py sets it)."""
+    return has_transformer_engine() and torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def block_spec(

@@ -6,7 +6,6 @@ import contextlib
 import time
 from dataclasses import dataclass
 
-import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_moe.checkpoint.checkpointer import Checkpointer
@@ -21,7 +20,7 @@ from megatron_moe.metrics.throughput import Throughput
 from megatron_moe.model.build import build_model
 from megatron_moe.optim.optimizer import build_optimizer, set_learning_rate
 from megatron_moe.optim.scheduler import learning_rate
-from megatron_moe.train.evaluate import held_out_loss
+from megatron_moe.train.evaluate import held_out_loss, round_up
 from megatron_moe.train.report import print_start, step_metrics, write_run_files
 from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
 
@@ -38,6 +37,7 @@ class Run:
     optimizer: ChainedOptimizer
     checkpointer: Checkpointer
     state: TrainState
+    changed_options: list[str]
 
     @property
     def last_step(self) -> int:
@@ -69,6 +69,8 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
     print_start(config, context, run.pipeline.model)
     if context.is_main:
         write_run_files(config, overrides)
+    for change in run.changed_options:
+        run.say(f"changed since the checkpoint: {change}")
     run.say(f"{config.run.dir}: from step {run.state.step:,} to {run.last_step:,}")
 
     with _logger(run) as logger:
@@ -99,10 +101,11 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
 
 def set_up(config: Config, context: DistributedContext) -> Run:
     """Build data, model and optimizer, and go to where the latest checkpoint left off."""
-    train_data, valid_data = _datasets(config, context)
+    train_data, valid_data = build_datasets(config)
     model = build_model(config, context.pg_collection, context.device)
     optimizer = build_optimizer(config, model, context.pg_collection)
     checkpointer = Checkpointer(config, model, optimizer)
+    state, changed_options = checkpointer.load_latest()
     return Run(
         config=config,
         context=context,
@@ -111,16 +114,9 @@ def set_up(config: Config, context: DistributedContext) -> Run:
         pipeline=Pipeline(model, context.pg_collection, config.data.sequence_length, config.train.micro_batch_size),
         optimizer=optimizer,
         checkpointer=checkpointer,
-        state=checkpointer.load_latest(),
+        state=state,
+        changed_options=changed_options,
     )
-
-
-def _datasets(config: Config, context: DistributedContext) -> tuple[SequenceDataset, SequenceDataset | None]:
-    """The main rank first: it fills the cache that the others read."""
-    if context.is_main:
-        datasets = build_datasets(config)
-    dist.barrier()
-    return datasets if context.is_main else build_datasets(config)
 
 
 def _logger(run: Run) -> contextlib.AbstractContextManager[MetricLogger | None]:
@@ -160,7 +156,7 @@ def _measure(run: Run, result: StepResult, lr: float, throughput: Throughput) ->
 
 
 def _num_valid_samples(run: Run) -> int:
-    return run.config.evaluation.num_samples or len(run.valid_data)
+    return round_up(run.config.evaluation.num_samples or len(run.valid_data), run.pipeline)
 
 
 def _evaluate(run: Run) -> float:
@@ -184,7 +180,7 @@ def _summarize(run: Run, valid_loss: float | None) -> None:
     if run.state.step < train_steps:
         run.say(f"stopped at step {run.state.step:,} of {train_steps:,}; the same command goes on")
         return
-    run.say(f"finished {train_steps:,} steps in {run.config.run.dir}")
+    run.say(f"finished {run.state.step:,} steps in {run.config.run.dir}; another run needs another run.name")
     if run.valid_data is None:
         return
     loss = _evaluate(run) if valid_loss is None else valid_loss

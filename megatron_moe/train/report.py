@@ -55,7 +55,7 @@ def _git_revision() -> str | None:
     return result.stdout.strip() or None
 
 
-def start_facts(config: Config, world_size: int) -> list[tuple[str, str]]:
+def start_facts(config: Config, world_size: int, device: torch.device) -> list[tuple[str, str]]:
     """What really applies, as (topic, text)."""
     model, parallel, train = config.model, config.parallel, config.train
     tokens = train.global_batch_size * config.data.sequence_length
@@ -66,6 +66,7 @@ def start_facts(config: Config, world_size: int) -> list[tuple[str, str]]:
         (
             "engine",
             f"megatron-core {importlib.metadata.version('megatron-core')}, torch {torch.__version__}, "
+            f"{device.type} with {dist.get_backend()}, "
             + ("Transformer Engine" if use_transformer_engine() else "no Transformer Engine: local layers"),
         ),
         (
@@ -88,6 +89,7 @@ def start_facts(config: Config, world_size: int) -> list[tuple[str, str]]:
         (
             "schedule",
             f"lr {config.optimizer.lr:g} after {schedule.warmup_steps:,} warm-up steps"
+            + (" (not reached in this run)" if schedule.warmup_steps >= train.train_steps else "")
             + (f", x {schedule.decay_factor} at {decay} of {schedule.unit.value}" if decay else ", constant"),
         ),
         ("precision", f"{config.precision.dtype.value}; router, optimizer and gradient sums fp32"),
@@ -109,7 +111,7 @@ def print_start(config: Config, context: DistributedContext, model: list[Distrib
     if not context.is_main:
         return
     console = Console(soft_wrap=True, highlight=False)
-    for topic, text in start_facts(config, context.world_size):
+    for topic, text in start_facts(config, context.world_size, context.device):
         console.print(f"{topic:<10}{text}", markup=False)
     table = Table("ranks", "layers", "routed experts", "parameters a rank", "memory a rank", box=None)
     for place in placements(config.model, config.parallel, context.world_size):

@@ -8,14 +8,15 @@ import pytest
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import assemble, optimizer_shards, tiny_config, tiny_run
 
-LAYOUTS = {"single": 1, "dp2": 2, "pp2_ep2": 4, "tp2_ep2": 2, "pp2_vpp2": 2}
+DENSE_STAGE = "pp2_ep2 parallel.pipeline_layout=[1,3]"
+LAYOUTS = {"single": 1, "dp2": 2, "pp2_ep2": 4, "tp2_ep2": 2, "pp2_vpp2": 2, DENSE_STAGE: 4}
 STATES = ("param", "exp_avg", "exp_avg_sq")
 
 
 def save(layout: str, folder: str) -> list:
     from megatron_moe.train.step import train_step
 
-    with tiny_run([f"parallel={layout}", f"run.dir={folder}"]) as (run, batches, num_micro_batches):
+    with tiny_run([*f"parallel={layout}".split(), f"run.dir={folder}"]) as (run, batches, num_micro_batches):
         for _ in range(3):
             train_step(run.pipeline, run.optimizer, batches, num_micro_batches)
             run.state.advance(run.config.train.global_batch_size)
@@ -24,7 +25,7 @@ def save(layout: str, folder: str) -> list:
 
 
 def load(layout: str, folder: str) -> tuple[list, int, int, set[float]]:
-    with tiny_run([f"parallel={layout}", f"run.dir={folder}"]) as (run, _, _):
+    with tiny_run([*f"parallel={layout}".split(), f"run.dir={folder}"]) as (run, _, _):
         steps = [s["step"] for part in run.optimizer.chained_optimizers for s in part.optimizer.state.values()]
         assert len({id(step) for step in steps}) == len(steps)  # one tensor each: torch increments in place
         shards = [optimizer_shards(run.checkpointer, state) for state in STATES]
@@ -33,7 +34,15 @@ def load(layout: str, folder: str) -> tuple[list, int, int, set[float]]:
 
 @pytest.mark.parametrize(
     ("saved", "loaded"),
-    [("single", "pp2_ep2"), ("pp2_ep2", "tp2_ep2"), ("tp2_ep2", "single"), ("pp2_vpp2", "dp2"), ("dp2", "pp2_vpp2")],
+    [
+        ("single", "pp2_ep2"),
+        ("pp2_ep2", "tp2_ep2"),
+        ("tp2_ep2", "single"),
+        ("pp2_vpp2", "dp2"),
+        ("dp2", "pp2_vpp2"),
+        (DENSE_STAGE, "dp2"),
+        ("single", DENSE_STAGE),
+    ],
 )
 def test_resharding_is_bitwise(saved: str, loaded: str, tmp_path: Path) -> None:
     before = run_ranks(save, LAYOUTS[saved], saved, str(tmp_path))

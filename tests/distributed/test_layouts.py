@@ -18,6 +18,7 @@ LAYOUTS = {
     "pp4, first stage without experts": (["parallel=pp4"], 4),
     "pp2 uneven": (["parallel=pp2", "parallel.pipeline_layout=[3,1]"], 2),
     "pp2 x vpp2": (VPP, 2),
+    "pp2 x ep2, first stage without experts": (["parallel=pp2_ep2", "parallel.pipeline_layout=[1,3]"], 4),
     "pp2 x ep2": (["parallel=pp2_ep2"], 4),
     "tp2": (["parallel=tp2"], 2),
     "tp2 x ep2": (["parallel=tp2_ep2"], 2),

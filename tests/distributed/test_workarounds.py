@@ -31,6 +31,20 @@ def test_is_needed(name: str) -> None:
         run_ranks(train_without, RANKS.get(name, 1), name, EXERCISE.get(name, []))
 
 
+@pytest.mark.parametrize(
+    ("function", "constant"),
+    [(f, "cuda") for f in cpu.DEVICE_LITERALS] + [(f, "torch.cuda.BFloat16Tensor") for f in cpu.TYPE_NAMES[1:]],
+    ids=lambda value: getattr(value, "__qualname__", value),
+)
+def test_each_function_still_holds_its_constant(function, constant: str) -> None:
+    code = getattr(function, "__func__", function).__code__
+    assert constant in flatten(code.co_consts)
+
+
+def flatten(constants: tuple) -> set:
+    return {x for c in constants for x in (flatten(c) if isinstance(c, tuple) else [c]) if isinstance(x, str)}
+
+
 def test_all_together_are_enough() -> None:
     result = run_ranks(train_tiny, 1, [*MLA, "model.q_lora_rank=24"], 2)[0]
     assert assemble([result["gradients"]])

@@ -83,6 +83,9 @@ def test_a_run_cannot_change_its_model_on_the_way(tmp_path: Path) -> None:
     assert "model.rotary_base=500: runs/a was trained with 10000" in result.stderr
     assert "data.seed=2: runs/a was trained with 1234" in result.stderr
     assert "Traceback" not in result.stderr
+    result = run_cli("pretrain.py", *SHORT, "run.name=a", "train.exit_step=2", "optimizer.lr=0.5", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "changed since the checkpoint: optimizer.lr: 0.001 -> 0.5" in result.stdout
 
 
 def test_torchrun_is_joined(tmp_path: Path) -> None:
@@ -121,6 +124,8 @@ def test_wandb_without_a_key_is_offline(tmp_path: Path) -> None:
         ["~model"],
         ["--config-name=nothing"],
         ["run.dir=/proc/nothing"],
+        ["parallel.expert_model_parallel_size=0"],
+        ["--resolve"],
     ],
 )
 def test_wrong_input_ends_at_once_without_a_traceback(arguments: list[str], tmp_path: Path) -> None:
@@ -132,12 +137,13 @@ def test_wrong_input_ends_at_once_without_a_traceback(arguments: list[str], tmp_
     assert not (tmp_path / "runs").exists()
 
 
-def test_all_that_is_wrong_is_listed_at_once(tmp_path: Path) -> None:
-    wrong = ["model.num_layer=3", "+model.foo=1", "train.global_batch_size=7", "parallel.expert_model_parallel_size=3"]
+@pytest.mark.parametrize("more", [[], ["model.num_layer=3"]])
+def test_all_that_is_wrong_is_listed_at_once(more: list[str], tmp_path: Path) -> None:
+    wrong = ["+model.foo=1", "train.global_batch_size=7", "parallel.expert_model_parallel_size=3", *more]
     result = run_cli("pretrain.py", *wrong, cwd=tmp_path)
     assert result.returncode == 2
-    for name in ("num_layer", "foo", "global_batch_size=7", "expert_model_parallel_size=3"):
-        assert name in result.stderr
+    for mistake in wrong:
+        assert mistake in result.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 1), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -165,6 +171,32 @@ def test_one_worker_killed_or_the_command_interrupted_ends_all(number: int, code
     assert processes_mentioning(mark) == []
     if number == signal.SIGKILL:
         assert "was killed by SIGKILL; all ranks were ended" in errors
+
+
+def test_evaluation_is_rounded_up_to_what_the_layout_runs_at_once(tmp_path: Path) -> None:
+    result = run_cli("pretrain.py", *SHORT, "parallel=pp2_vpp2", "evaluation.num_samples=5", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "held-out loss" in result.stdout
+
+
+def test_a_sweep_needs_a_name_for_each_job(tmp_path: Path) -> None:
+    sweep = ["-m", *SHORT, "train.train_steps=2", "train.seed=1,2"]
+    result = run_cli("pretrain.py", *sweep, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "run.name: each job of a sweep needs its own" in result.stderr
+    result = run_cli("pretrain.py", *sweep, "run.name=seed${train.seed}", "parallel=dp2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "runs" / "seed1") != losses(tmp_path / "runs" / "seed2")
+
+
+def test_workers_get_hydras_flags_too(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "two.yaml").write_text("# @package _global_\ntrain:\n  train_steps: 2\n")
+    tiny = [option for option in SHORT if not option.startswith("train.train_steps")]
+    flags = ["--config-dir=mine", "experiment=two", "parallel=ep2", "run.name=flags"]
+    result = run_cli("pretrain.py", *tiny, *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(losses(tmp_path / "runs" / "flags")) == 2
 
 
 def test_cfg_prints_the_resolved_configuration(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.data.dataset import PackedDataset
 from megatron_moe.data.tokenizer import train_tokenizer
 from tests.helpers.cli import metrics_of, run_cli
 from tests.helpers.training import TINY
@@ -46,15 +48,34 @@ def test_train_on_preprocessed_documents(documents: Path) -> None:
         ('{"body": "x"}', "docs.jsonl:2: no JSON object with the field 'text'"),
         ('{"text": 3}', "docs.jsonl:2: field 'text' is int, not text"),
         ("[]", "docs.jsonl:2: no JSON object with the field 'text'"),
+        ('{"text": "\\ud800"}', "docs.jsonl:2: no JSON object with the field 'text'"),
+        ('{"text": "\xff"}', "docs.jsonl:2: no JSON object with the field 'text'"),
     ],
 )
 def test_a_wrong_line_is_named(documents: Path, line: str, expected: str) -> None:
-    (documents / "docs.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+    (documents / "docs.jsonl").write_bytes(b'{"text": "fine"}\n' + line.encode("latin-1") + b"\n")
     result = preprocess(documents)
     assert result.returncode == 2
     assert expected in result.stderr
     assert "Traceback" not in result.stderr
     assert not (documents / "data" / "docs.idx").exists()
+
+
+def test_blank_lines_are_no_documents_and_nothing_is_an_error(documents: Path) -> None:
+    (documents / "docs.jsonl").write_text('\n{"text": "one"}\n  \n')
+    assert "1 documents" in preprocess(documents).stdout
+    (documents / "docs.jsonl").write_text("")
+    assert "docs.jsonl: no documents" in preprocess(documents).stderr
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-2], lambda data: b"garbage", lambda data: b""])
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+def test_damaged_datasets_are_refused(documents: Path, damage, ending: str) -> None:
+    preprocess(documents)
+    file = documents / "data" / f"docs.{ending}"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ConfigError, match=r"docs\.(bin|idx)"):
+        PackedDataset(str(documents / "data" / "docs"), 16, seed=1)
 
 
 def test_missing_files_are_named(documents: Path) -> None:

@@ -1,19 +1,36 @@
 """What only a GPU can show. Skipped without one."""
 
-import pytest
-import torch
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-from tests.helpers.ranks import run_ranks
-from tests.helpers.training import train_tiny
+import pytest
+
+from tests.conftest import GPUS
+from tests.helpers.cli import ROOT, metrics_of
+from tests.helpers.training import TINY
+
+
+def environment() -> dict[str, str]:
+    hidden = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    return hidden if GPUS is None else hidden | {"CUDA_VISIBLE_DEVICES": GPUS}
+
+
+def has_gpu() -> bool:
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], env=environment(), check=False).returncode == 0
+
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: NCCL and CUDA kernels"),
+    pytest.mark.skipif(not has_gpu(), reason="needs a GPU: NCCL and CUDA kernels"),
 ]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_one_gpu_learns(precision: str) -> None:
-    (result,) = run_ranks(train_tiny, 1, [f"precision={precision}"])
-    losses = [m["train/lm_loss"] for m in result["metrics"]]
+def test_one_gpu_learns(precision: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "pretrain.py"), *TINY, f"precision={precision}", "logger.log_interval=1"]
+    subprocess.run([*command, "run.name=gpu"], cwd=tmp_path, env=environment(), check=True)
+    losses = [line["train/lm_loss"] for line in metrics_of(tmp_path / "runs" / "gpu")]
     assert sum(losses[-3:]) < sum(losses[:3])

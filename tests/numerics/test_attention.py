@@ -50,7 +50,7 @@ def attend(k_channels: int, v_channels: int) -> tuple[list[torch.Tensor], list[t
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize(("k_channels", "v_channels"), [(16, 16), (24, 16)])
+@pytest.mark.parametrize(("k_channels", "v_channels"), [(16, 16), (24, 16), (16, 24)])
 def test_equals_explicit_scores(ranks: int, k_channels: int, v_channels: int) -> None:
     for ours, theirs in run_ranks(attend, ranks, k_channels, v_channels):
         for got, expected in zip(ours, theirs, strict=True):

@@ -42,8 +42,7 @@ def run(composed: DictConfig) -> int:
     overrides = list(HydraConfig.get().overrides.task)
     try:
         if world_size > 1 and launch.launched_world_size(os.environ) is None:
-            arguments = overrides if is_sweep() else sys.argv[1:]
-            return launch.run_workers([sys.executable, __file__, *arguments], world_size)
+            return launch.run_workers([sys.executable, __file__, *job_arguments()], world_size)
         train_here(config, overrides)
     except ConfigError as error:
         return fail(error, only_here=True)
@@ -62,7 +61,7 @@ def load(composed: DictConfig) -> tuple[Config, int]:
     try:
         config = to_config(composed)
     except ConfigError as error:
-        raise explain(sys.argv[1:], error) from None
+        raise explain(job_arguments(), error) from None
     world_size = validate(config, launch.launched_world_size(os.environ))
     if is_sweep() and not any(o.startswith(("run.name=", "run.dir=")) for o in HydraConfig.get().overrides.task):
         raise ConfigError("run.name: each job of a sweep needs its own, such as run.name='lr-${optimizer.lr}'")
@@ -73,6 +72,11 @@ def load(composed: DictConfig) -> tuple[Config, int]:
 def is_sweep() -> bool:
     """Whether Hydra runs several jobs (`--multirun`)."""
     return HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def job_arguments() -> list[str]:
+    """The command line that makes this job: the one given, or in a sweep the job's share of it."""
+    return list(HydraConfig.get().overrides.task) if is_sweep() else sys.argv[1:]
 
 
 def make_run_folder(config: Config) -> None:

@@ -193,8 +193,8 @@ def test_workers_get_hydras_flags_too(tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "two.yaml").write_text("# @package _global_\ntrain:\n  train_steps: 2\n")
     tiny = [option for option in SHORT if not option.startswith("train.train_steps")]
-    flags = ["--config-dir=mine", "experiment=two", "parallel=ep2", "run.name=flags"]
-    result = run_cli("pretrain.py", *tiny, *flags, cwd=tmp_path)
+    choice = ["experiment=two", "parallel=ep2", "run.name=flags"]
+    result = run_cli("pretrain.py", "--config-dir=mine", *tiny, *choice, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(losses(tmp_path / "runs" / "flags")) == 2
 

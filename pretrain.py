@@ -25,6 +25,8 @@ from megatron_moe.config.validate import validate
 from megatron_moe.distributed import launch
 from megatron_moe.distributed.accelerators import check_apex
 
+INTERRUPTED = 130  # exit code: 128 plus SIGINT
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="pretrain")
 def pretrain(composed: DictConfig) -> None:
@@ -42,12 +44,13 @@ def run(composed: DictConfig) -> int:
     overrides = list(HydraConfig.get().overrides.task)
     try:
         if world_size > 1 and launch.launched_world_size(os.environ) is None:
-            return launch.run_workers([sys.executable, __file__, *job_arguments()], world_size)
+            code = launch.run_workers([sys.executable, __file__, *job_arguments()], world_size)
+            return interrupted(config) if code == INTERRUPTED else code
         train_here(config, overrides)
     except ConfigError as error:
         return fail(error, only_here=True)
     except KeyboardInterrupt:
-        return 130
+        return interrupted(config)
     except Exception as error:
         text = traceback.format_exc()
         if not launch.record_failure(repr(error), text, os.environ):
@@ -72,6 +75,13 @@ def load(composed: DictConfig) -> tuple[Config, int]:
 def is_sweep() -> bool:
     """Whether Hydra runs several jobs (`--multirun`)."""
     return HydraConfig.get().mode is RunMode.MULTIRUN
+
+
+def interrupted(config: Config) -> int:
+    """Say what is left after Ctrl-C."""
+    every = config.checkpoint.save_interval
+    print(f"interrupted; the same command goes on from the last checkpoint (every {every} steps)", file=sys.stderr)
+    return INTERRUPTED
 
 
 def job_arguments() -> list[str]:

@@ -1,6 +1,6 @@
 """Tokenize JSONL into an indexed dataset for `data=blend`.
 
-python tools/preprocess_data.py --input docs.jsonl --tokenizer DIR --output PREFIX
+python tools/preprocess_data.py --input docs.jsonl --tokenizer tokenizer.json --output PREFIX
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def preprocess(args: argparse.Namespace) -> tuple[int, int]:
     """Write the dataset; returns documents and tokens."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")  # of what is absent and not needed here
     from megatron_moe.data.corpus import write_indexed
     from megatron_moe.data.tokenizer import load_tokenizer
 

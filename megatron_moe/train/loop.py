@@ -178,7 +178,7 @@ def _summarize(run: Run, valid_loss: float | None) -> None:
     """
     train_steps = run.config.train.train_steps
     if run.state.step < train_steps:
-        run.say(f"stopped at step {run.state.step:,} of {train_steps:,}; the same command goes on")
+        run.say(f"stopped at step {run.state.step:,} of {train_steps:,}; goes on with a larger train.exit_step or none")
         return
     run.say(f"finished {run.state.step:,} steps in {run.config.run.dir}; another run needs another run.name")
     if run.valid_data is None:

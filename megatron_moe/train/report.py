@@ -113,7 +113,7 @@ def print_start(config: Config, context: DistributedContext, model: list[Distrib
     console = Console(soft_wrap=True, highlight=False)
     for topic, text in start_facts(config, context.world_size, context.device):
         console.print(f"{topic:<10}{text}", markup=False)
-    table = Table("ranks", "layers", "routed experts", "parameters a rank", "memory a rank", box=None)
+    table = Table("ranks", "layers", "routed experts", "parameters a rank", "memory so far", box=None)
     for place in placements(config.model, config.parallel, context.world_size):
         parameters, memory = everywhere[place.ranks[0]]
         table.add_row(*placement_row(config, place), f"{parameters:,}", f"{memory:.2f} GiB")
@@ -184,10 +184,14 @@ def step_metrics(
             f"moe/layer_{layer}/max_violation": violation
             for layer, violation in zip(moe_layers, violations.tolist(), strict=True)
         },
-        "moe/expert_load": relative(tokens).tolist(),
-        "moe/device_load": relative(devices).tolist(),
+        "moe/expert_load": _rounded(relative(tokens)),
+        "moe/device_load": _rounded(relative(devices)),
         "memory/rank0_gib": _memory_gib(context.device),
     }
+
+
+def _rounded(loads: torch.Tensor) -> list[list[float]]:
+    return [[round(load, 4) for load in layer] for layer in loads.tolist()]
 
 
 def _routing_sums(

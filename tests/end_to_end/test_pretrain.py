@@ -169,6 +169,8 @@ def test_one_worker_killed_or_the_command_interrupted_ends_all(number: int, code
     assert time.monotonic() - start < 30
     assert command.returncode == code
     assert processes_mentioning(mark) == []
+    if number == signal.SIGINT:
+        assert "interrupted; the same command goes on from the last checkpoint" in errors
     if number == signal.SIGKILL:
         assert "was killed by SIGKILL; all ranks were ended" in errors
 

@@ -30,6 +30,7 @@ def test_train_on_preprocessed_documents(documents: Path) -> None:
     result = preprocess(documents)
     assert result.returncode == 0, result.stderr
     assert "data/docs: 300 documents" in result.stdout
+    assert result.stderr == ""
     sources = ["data=blend", "data.train=[{path: data/docs, weight: 1.0}]", "data.valid=[{path: data/docs}]"]
     tiny = [option for option in TINY if not option.startswith(("data=", "model.vocab_size"))]
     run = ["model.vocab_size=512", "train.train_steps=2", "evaluation.num_samples=8", "run.name=docs"]

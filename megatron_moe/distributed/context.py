@@ -70,28 +70,20 @@ def _local_device() -> torch.device:
         return cpu.CPU
     if 1 < gpus < ranks:
         raise ConfigError(f"{ranks} ranks on this node see {gpus} GPUs: start one rank per GPU, or none sees a GPU")
-    device = torch.device(
-        "cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus
-    )  # Slurm may show each task only its own
+    # Slurm may show each task its own GPU only, as number 0.
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % gpus)
     torch.cuda.set_device(device)
     return device
 
 
 def _init_process_group(device: torch.device, rank: int, world_size: int, init_method: str, timeout: timedelta) -> None:
-    if world_size == 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-        )
-        return
+    alone = {"store": dist.HashStore()}  # needs no address and no port
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=init_method,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
+        **(alone if world_size == 1 else {"init_method": init_method}),
     )
 
 

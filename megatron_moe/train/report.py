@@ -92,7 +92,7 @@ def start_facts(config: Config, world_size: int, device: torch.device) -> list[t
             + (" (not reached in this run)" if schedule.warmup_steps >= train.train_steps else "")
             + (f", x {schedule.decay_factor} at {decay} of {schedule.unit.value}" if decay else ", constant"),
         ),
-        ("precision", f"{config.precision.dtype.value}; router, optimizer and gradient sums fp32"),
+        ("precision", f"{config.precision.dtype.value}; router logits, optimizer state and gradient sums fp32"),
         (
             "layout",
             f"{world_size} ranks: tensor {parallel.tensor_model_parallel_size}, pipeline "

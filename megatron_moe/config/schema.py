@@ -18,6 +18,13 @@ class Attention(Enum):
     mla = "mla"
 
 
+class Routing(Enum):
+    """How a token finds its experts: a learned top-k, or a fixed random table from token id to expert (Hash Layer)."""
+
+    topk = "topk"
+    hash = "hash"
+
+
 class Dtype(Enum):
     """Type of parameters and activations. Router logits, optimizer state and gradient sums are fp32 in both."""
 
@@ -49,11 +56,30 @@ class RunConfig:
 
 
 @dataclass(kw_only=True)
+class YarnConfig:
+    """Rotary frequencies stretched for a longer context (arXiv:2309.00071; DeepSeek-V2, arXiv:2405.04434, 3.1.4)."""
+
+    rotary_scaling_factor: float = 40.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.707
+    mscale_all_dim: float = 0.707
+
+
+@dataclass(kw_only=True)
 class ModelConfig:
     """Sizes and routing of a DeepSeekMoE.
 
-    `num_experts` counts routed experts only. Device groups are what the device-level balance loss balances:
-    contiguous groups of experts, by default (null) the expert-parallel ranks.
+    `num_experts` counts routed experts only; 0, with all layers dense, is a dense model. `relative_expert_size` is the
+    paper's nominal size of an expert (in a dense model of the FFN) over a standard FFN of 8 hidden_size^2 parameters;
+    its FLOP counts use it. Null: of the real width.
+
+    Device groups are contiguous groups of experts, by default (null) the expert-parallel ranks. They are what the
+    device-level and communication balance losses balance, what `device_limit` (the paper's M; null: no limit) restricts
+    a token to, and what `device_capacity_factor` bounds: beyond that multiple of the mean load, a device's lowest
+    affinities are dropped in training, but none of a share `undropped_fraction` of the sequences (DeepSeek-V2,
+    arXiv:2405.04434, 2.2). Null: nothing is dropped.
     """
 
     name: str = MISSING
@@ -67,11 +93,17 @@ class ModelConfig:
     num_experts: int = MISSING
     num_shared_experts: int = MISSING
     expert_ffn_hidden_size: int = MISSING
+    relative_expert_size: float | None = None
+    routing: Routing = Routing.topk
     router_topk: int = MISSING
     routed_scaling_factor: float = 1.0
     expert_balance_factor: float = MISSING
     device_balance_factor: float = 0.0
+    communication_balance_factor: float = 0.0
     num_device_groups: int | None = None
+    device_limit: int | None = None
+    device_capacity_factor: float | None = None
+    undropped_fraction: float = 0.1
     attention: Attention = Attention.mha
     q_lora_rank: int | None = None
     kv_lora_rank: int = 512
@@ -79,6 +111,7 @@ class ModelConfig:
     qk_pos_emb_head_dim: int = 64
     v_head_dim: int = 128
     rotary_base: int = 10000
+    yarn: YarnConfig | None = None
     layernorm_epsilon: float = 1e-6
     init_method_std: float = 0.006
 
@@ -120,7 +153,11 @@ class DataSource:
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Training and held-out tokens. `train` and `valid` are for `blend`, the tokenizer options for `python_stdlib`."""
+    """Training and held-out tokens.
+
+    `train`, `valid` and `tokenizer` (the file that made the ids; copied to the run) are for `blend`,
+    `tokenizer_vocab_size` and `valid_fraction` for `python_stdlib`.
+    """
 
     kind: DataKind = DataKind.python_stdlib
     sequence_length: int = MISSING
@@ -130,6 +167,7 @@ class DataConfig:
     valid_fraction: float = 0.05
     train: list[DataSource] = field(default_factory=list)
     valid: list[DataSource] = field(default_factory=list)
+    tokenizer: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -155,6 +193,18 @@ class SchedulerConfig:
 
 
 @dataclass(kw_only=True)
+class BatchRampConfig:
+    """A batch that grows from `start` sequences to `global_batch_size` over the first `tokens`, `increment` at a time.
+
+    The growth is linear in tokens.
+    """
+
+    start: int = MISSING
+    increment: int = MISSING
+    tokens: float = MISSING
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """The loop. `exit_step` saves and stops there, as if preempted; the schedule still aims at `train_steps`."""
 
@@ -162,6 +212,7 @@ class TrainConfig:
     exit_step: int | None = None
     global_batch_size: int = MISSING
     micro_batch_size: int = MISSING
+    batch_ramp: BatchRampConfig | None = None
     seed: int = 1234
 
 
@@ -175,10 +226,14 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """Saving every `save_interval` steps and at the end; the `keep_last` newest stay. A run goes on from its latest."""
+    """Saving every `save_interval` steps and at the end; the `keep_last` newest stay. A run goes on from its latest.
+
+    A new run takes its weights from the latest checkpoint of the run (or imported model) `init_from`, if given.
+    """
 
     save_interval: int = 500
     keep_last: int = 2
+    init_from: str | None = None
 
 
 @dataclass(kw_only=True)

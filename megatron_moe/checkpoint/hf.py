@@ -1,0 +1,179 @@
+"""Names and shapes of Hugging Face's DeepSeek tensors, and where their rows are in megatron-core's. Pure.
+
+Both keep a matrix as [out, in], so that all differences are in rows: megatron-core puts the query, key and value rows
+of each head together, the gate above the up projection, and the same matrix of a layer's experts into one tensor.
+
+Source: the released checkpoints of deepseek-moe-16b-base and DeepSeek-V2-Lite; megatron-core 0.16.1, mlp.py (gate and
+up), attention.py (heads), multi_latent_attention.py.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_moe.config.derived import is_moe_layer
+from megatron_moe.config.schema import Attention, ModelConfig
+
+# Where layers are built with Transformer Engine, a norm may be part of the projection after it; without, it may be
+# filed as if it were (megatron-core 0.16.1, gpt_layer_specs.py). The values are the same.
+NORM_NAMES = (
+    ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
+    ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    ("self_attention.q_layernorm.weight", "self_attention.linear_q_up_proj.layer_norm_weight"),
+    ("self_attention.kv_layernorm.weight", "self_attention.linear_kv_up_proj.layer_norm_weight"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Rows of a tensor of ours: `count` from `first` on, of one expert's matrix where the tensor stacks them."""
+
+    key: str
+    first: int
+    count: int
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class HfTensor:
+    """A tensor of a Hugging Face checkpoint: its rows, in order, are those of `places`."""
+
+    name: str
+    shape: tuple[int, ...]
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of a Hugging Face tensor: `count` from `first` on."""
+
+    name: str
+    first: int
+    count: int
+
+
+def hf_tensors(model: ModelConfig) -> Iterator[HfTensor]:
+    """All tensors of a model, in the order of its layers."""
+    vocabulary = (model.vocab_size, model.hidden_size)
+    yield _same("model.embed_tokens.weight", vocabulary, "embedding.word_embeddings.weight")
+    for layer in range(model.num_layers):
+        yield from _layer(model, layer)
+    yield _same("model.norm.weight", (model.hidden_size,), "decoder.final_layernorm.weight")
+    yield _same("lm_head.weight", vocabulary, "output_layer.weight")
+
+
+def _layer(model: ModelConfig, layer: int) -> Iterator[HfTensor]:
+    theirs, ours = f"model.layers.{layer}", f"decoder.layers.{layer}"
+    hidden = model.hidden_size
+    is_mha = model.attention is Attention.mha
+    before_attention, before_mlp = (names[is_mha] for names in NORM_NAMES[:2])
+    yield _same(f"{theirs}.input_layernorm.weight", (hidden,), f"{ours}.{before_attention}")
+    attention = _heads if is_mha else _latent_attention
+    yield from attention(model, f"{theirs}.self_attn", f"{ours}.self_attention")
+    yield _same(f"{theirs}.post_attention_layernorm.weight", (hidden,), f"{ours}.{before_mlp}")
+    if is_moe_layer(model, layer):
+        yield from _experts(model, f"{theirs}.mlp", f"{ours}.mlp")
+    else:
+        yield from _mlp(hidden, model.ffn_hidden_size, f"{theirs}.mlp", f"{ours}.mlp")
+
+
+def _heads(model: ModelConfig, theirs: str, ours: str) -> Iterator[HfTensor]:
+    """Multi-head attention: of each head the query, the key and the value rows."""
+    size, heads = model.kv_channels, model.num_attention_heads
+    for number, name in enumerate("qkv"):
+        places = (Place(f"{ours}.linear_qkv.weight", (3 * head + number) * size, size) for head in range(heads))
+        yield HfTensor(f"{theirs}.{name}_proj.weight", (heads * size, model.hidden_size), tuple(places))
+    yield _same(f"{theirs}.o_proj.weight", (model.hidden_size, heads * size), f"{ours}.linear_proj.weight")
+
+
+def _latent_attention(model: ModelConfig, theirs: str, ours: str) -> Iterator[HfTensor]:
+    """Latent attention: the same rows under other names. Both rotate neighbouring values."""
+    hidden, latent, rotary = model.hidden_size, model.kv_lora_rank, model.qk_pos_emb_head_dim
+    heads = model.num_attention_heads
+    queries = heads * (model.qk_head_dim + rotary)
+    names = [
+        ("kv_a_proj_with_mqa", (latent + rotary, hidden), "linear_kv_down_proj"),
+        ("kv_a_layernorm", (latent,), "kv_layernorm"),
+        ("kv_b_proj", (heads * (model.qk_head_dim + model.v_head_dim), latent), "linear_kv_up_proj"),
+        ("o_proj", (hidden, heads * model.v_head_dim), "linear_proj"),
+    ]
+    if model.q_lora_rank is None:
+        names.append(("q_proj", (queries, hidden), "linear_q_proj"))
+    else:
+        names += [
+            ("q_a_proj", (model.q_lora_rank, hidden), "linear_q_down_proj"),
+            ("q_a_layernorm", (model.q_lora_rank,), "q_layernorm"),
+            ("q_b_proj", (queries, model.q_lora_rank), "linear_q_up_proj"),
+        ]
+    for name, shape, key in names:
+        yield _same(f"{theirs}.{name}.weight", shape, f"{ours}.{key}.weight")
+
+
+def _experts(model: ModelConfig, theirs: str, ours: str) -> Iterator[HfTensor]:
+    hidden, width = model.hidden_size, model.expert_ffn_hidden_size
+    yield _same(f"{theirs}.gate.weight", (model.num_experts, hidden), f"{ours}.router.weight")
+    for expert in range(model.num_experts):
+        yield from _mlp(hidden, width, f"{theirs}.experts.{expert}", f"{ours}.experts.experts", expert)
+    if model.num_shared_experts:
+        shared = model.num_shared_experts * width
+        yield from _mlp(hidden, shared, f"{theirs}.shared_experts", f"{ours}.shared_experts")
+
+
+def _mlp(hidden: int, width: int, theirs: str, ours: str, expert: int | None = None) -> Iterator[HfTensor]:
+    """A gated network: the gate's rows are above those of the up projection."""
+    for number, name in enumerate(("gate", "up")):
+        place = Place(f"{ours}.linear_fc1.weight", number * width, width, expert)
+        yield HfTensor(f"{theirs}.{name}_proj.weight", (width, hidden), (place,))
+    place = Place(f"{ours}.linear_fc2.weight", 0, hidden, expert)
+    yield HfTensor(f"{theirs}.down_proj.weight", (hidden, width), (place,))
+
+
+def _same(name: str, shape: tuple[int, ...], key: str) -> HfTensor:
+    return HfTensor(name, shape, (Place(key, 0, shape[0]),))
+
+
+def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """All tensors of ours; [num_experts, out, in] where a layer's experts are stacked."""
+    ends: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tensor in hf_tensors(model):
+        for place in tensor.places:
+            ends[place.key] = max(ends.get(place.key, 0), place.first + place.count)
+            leading = () if place.expert is None else (model.num_experts,)
+            shapes[place.key] = (*leading, ends[place.key], *tensor.shape[1:])
+    return shapes
+
+
+def sources(model: ModelConfig) -> dict[tuple[str, int | None], list[Source]]:
+    """Of each matrix of ours, by name and expert, the rows of theirs that it is made of, from top to bottom."""
+    found: dict[tuple[str, int | None], list[tuple[int, Source]]] = defaultdict(list)
+    for tensor in hf_tensors(model):
+        first = 0
+        for place in tensor.places:
+            found[place.key, place.expert].append((place.first, Source(tensor.name, first, place.count)))
+            first += place.count
+    return {matrix: [source for _, source in sorted(parts, key=lambda p: p[0])] for matrix, parts in found.items()}
+
+
+def other_name(key: str) -> str | None:
+    """The name that the same norm has where layers are built with Transformer Engine or without, if it is one."""
+    for pair in NORM_NAMES:
+        for name, other in (pair, pair[::-1]):
+            if key.endswith(f".{name}"):
+                return key.removesuffix(name) + other
+    return None
+
+
+def extra_states(model: ModelConfig) -> list[str]:
+    """Names of the empty extra states that megatron-core 0.16.1 keeps for each linear layer but the output layer."""
+    names = []
+    for key, shape in our_shapes(model).items():
+        module = key.removesuffix(".weight")
+        if module.rpartition(".")[2] in ("linear_q_down_proj", "linear_kv_down_proj") or ".linear_" not in module:
+            continue
+        if key.endswith(".weight"):
+            count = shape[0] if len(shape) == 3 else 1
+            names += [f"{module}._extra_state/shard_{number}_{count}" for number in range(count)]
+    return names

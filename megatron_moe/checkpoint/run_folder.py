@@ -1,0 +1,73 @@
+"""What a run's folder holds besides tensors, and folders that appear whole; needs neither torch nor megatron-core."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import Config
+
+
+def saved_steps(folder: Path) -> list[Path]:
+    """Whole checkpoints in the folder `checkpoints` of a run, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """A configuration as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=_enum_value))
+
+
+def _enum_value(value: Enum) -> Any:
+    return value.value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file with a JSON object.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: holds no JSON object")
+    return found
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object for people to read."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder beside `final` that gets its name when everything is written, and goes when something fails.
+
+    Raises:
+        ConfigError: `final` holds something.
+    """
+    final = final.resolve()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise ConfigError(f"{final}: exists and is not empty; give another --output, or remove it")
+    partial = final.with_name(f"{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if final.exists():
+            final.rmdir()
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -19,13 +19,21 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe.checkpoint.checkpointer import plain
-from megatron_moe.config.derived import data_parallel_size, is_moe_layer, num_device_groups, num_micro_batches
-from megatron_moe.config.schema import Config, ModelConfig, Routing
+from megatron_moe.config.derived import (
+    batch_size,
+    data_parallel_size,
+    is_moe_layer,
+    num_device_groups,
+    num_micro_batches,
+    samples_before,
+)
+from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.metrics.routing import device_load, max_violation, relative
 from megatron_moe.model.build import routers
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.model.router import BALANCE_LOSSES
+from megatron_moe.plan.flops import paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
 from megatron_moe.plan.placement import Placement, placements
 from megatron_moe.train.step import StepResult
@@ -59,7 +67,6 @@ def _git_revision() -> str | None:
 def start_facts(config: Config, world_size: int, device: torch.device) -> list[tuple[str, str]]:
     """What really applies, as (topic, text)."""
     model, parallel, train = config.model, config.parallel, config.train
-    tokens = train.global_batch_size * config.data.sequence_length
     schedule = config.scheduler
     decay = ", ".join(f"{m:.0%}" for m in schedule.milestones)
     return [
@@ -74,12 +81,7 @@ def start_facts(config: Config, world_size: int, device: torch.device) -> list[t
             f"{model.name}: {total_params(model):,} parameters, {activated_params(model):,} activated; "
             f"{_experts_text(model)}, {model.attention.value}",
         ),
-        (
-            "batch",
-            f"{train.global_batch_size} x {config.data.sequence_length} = {tokens:,} tokens a step, "
-            f"{tokens * train.train_steps:,} in {train.train_steps:,} steps; "
-            f"{num_micro_batches(config, world_size)} micro batches of {train.micro_batch_size} a rank",
-        ),
+        ("batch", _batch_text(config, world_size)),
         ("balance", _balance_text(config)),
         (
             "schedule",
@@ -87,6 +89,7 @@ def start_facts(config: Config, world_size: int, device: torch.device) -> list[t
             + (" (not reached in this run)" if schedule.warmup_steps >= train.train_steps else "")
             + (f", x {schedule.decay_factor} at {decay} of {schedule.unit.value}" if decay else ", constant"),
         ),
+        *([("compute", _compute_text(config))] if model.attention is Attention.mha else []),
         ("precision", f"{config.precision.dtype.value}; router logits, optimizer state and gradient sums fp32"),
         (
             "layout",
@@ -103,6 +106,25 @@ def _experts_text(model: ModelConfig) -> str:
         return "dense"
     how = "one by hash" if model.routing is Routing.hash else f"top {model.router_topk}"
     return f"{model.num_experts} routed ({how}) + {model.num_shared_experts} shared experts"
+
+
+def _batch_text(config: Config, world_size: int) -> str:
+    train, length = config.train, config.data.sequence_length
+    sequences = batch_size(config, 0)
+    ramp = train.batch_ramp
+    return (
+        f"{sequences} x {length} = {sequences * length:,} tokens a step, "
+        + (f"growing to {train.global_batch_size} x {length} over {ramp.tokens:.4g} tokens, " if ramp else "")
+        + f"{samples_before(config, train.train_steps) * length:,} in {train.train_steps:,} steps; "
+        f"{num_micro_batches(config, world_size, 0)} micro batches of {train.micro_batch_size} a rank"
+    )
+
+
+def _compute_text(config: Config) -> str:
+    """The paper's own count, to compare with its tables."""
+    length = config.data.sequence_length
+    teraflops = paper_flops_per_token(config.model, length) * length / 1e12
+    return f"{teraflops:,.4g} TFLOPs a sequence of {length}, as the DeepSeekMoE paper counts them"
 
 
 def _balance_text(config: Config) -> str:
@@ -190,20 +212,20 @@ def step_metrics(
     return {
         "train/lm_loss": (loss[0] / loss[1]).item(),
         "train/grad_norm": float(result.grad_norm),
-        **(_routing_metrics(config, context, model) if config.model.num_experts else {}),
+        **(_routing_metrics(config, context, model, result) if config.model.num_experts else {}),
         "memory/rank0_gib": _memory_gib(context.device),
     }
 
 
 def _routing_metrics(
-    config: Config, context: DistributedContext, model: list[DistributedDataParallel]
+    config: Config, context: DistributedContext, model: list[DistributedDataParallel], result: StepResult
 ) -> dict[str, Any]:
     moe_layers = range(config.model.num_dense_layers, config.model.num_layers)
     tokens, losses, dropped = _routing_sums(config, model, moe_layers, context.device)
     for values in (tokens, losses, dropped):
         dist.all_reduce(values)
     replicas = data_parallel_size(config.parallel, context.world_size)
-    losses = losses.sum(dim=0) / (replicas * num_micro_batches(config, context.world_size))
+    losses = losses.sum(dim=0) / (replicas * result.num_micro_batches)
     devices = device_load(tokens, num_device_groups(config.model, config.parallel))
     violations = max_violation(tokens)
     return {

@@ -29,10 +29,12 @@ class StepResult:
     Attributes:
         loss: of this rank, as `Pipeline.run` returns it.
         grad_norm: of all parameters on all ranks, before clipping.
+        num_micro_batches: that this rank ran.
     """
 
     loss: Tensor
     grad_norm: float
+    num_micro_batches: int
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def train_step(
     get_model_config(pipeline.model[0]).finalize_model_grads_func = finalize_model_grads
     loss = pipeline.run(batches, num_micro_batches, forward_only=False)
     _, grad_norm, _ = optimizer.step()
-    return StepResult(loss=loss, grad_norm=grad_norm)
+    return StepResult(loss=loss, grad_norm=grad_norm, num_micro_batches=num_micro_batches)
 
 
 def _sum_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,6 +34,7 @@ FIXED_OPTIONS = (
     "precision.dtype",
     "train.seed",
     "train.global_batch_size",
+    "train.batch_ramp",
 )
 
 

@@ -43,10 +43,37 @@ def required_world_size(parallel: ParallelConfig) -> int:
     return model_parallel_size(parallel) * replicas
 
 
-def num_micro_batches(config: Config, world_size: int) -> int:
-    """Micro batches a rank runs per step."""
+def batch_size(config: Config, consumed_samples: int) -> int:
+    """Sequences of the step after `consumed_samples`: `global_batch_size`, or less while the batch ramps up."""
+    train, ramp = config.train, config.train.batch_ramp
+    if ramp is None:
+        return train.global_batch_size
+    increments = (train.global_batch_size - ramp.start) // ramp.increment
+    done = increments * consumed_samples * config.data.sequence_length // int(ramp.tokens)
+    return ramp.start + min(done, increments) * ramp.increment
+
+
+def samples_before(config: Config, step: int) -> int:
+    """Sequences of the first `step` steps."""
+    train, ramp = config.train, config.train.batch_ramp
+    samples = 0
+    while step and (size := batch_size(config, samples)) < train.global_batch_size:
+        next_size = (size - ramp.start) // ramp.increment + 1
+        per_token = (train.global_batch_size - ramp.start) // ramp.increment * config.data.sequence_length
+        reached_at = _divide_up(next_size * int(ramp.tokens), per_token)
+        steps = min(step, _divide_up(reached_at - samples, size))
+        samples, step = samples + steps * size, step - steps
+    return samples + step * train.global_batch_size
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def num_micro_batches(config: Config, world_size: int, consumed_samples: int) -> int:
+    """Micro batches a rank runs in the step after `consumed_samples`."""
     sequences_at_once = config.train.micro_batch_size * data_parallel_size(config.parallel, world_size)
-    return config.train.global_batch_size // sequences_at_once
+    return batch_size(config, consumed_samples) // sequences_at_once
 
 
 def num_device_groups(model: ModelConfig, parallel: ParallelConfig) -> int:

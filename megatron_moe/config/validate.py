@@ -319,6 +319,8 @@ def _batch(config: Config, replicas: int) -> Iterator[str]:
         )
     elif config.parallel.virtual_pipeline_model_parallel_size > 1:
         yield from _interleaving(config, train.global_batch_size // at_once)
+    if train.batch_ramp is not None:
+        yield from _batch_ramp(config, at_once)
 
 
 def _interleaving(config: Config, micro_batches: int) -> Iterator[str]:
@@ -327,6 +329,23 @@ def _interleaving(config: Config, micro_batches: int) -> Iterator[str]:
         yield (
             f"train.global_batch_size={config.train.global_batch_size}: gives {micro_batches} micro batches a rank; "
             f"the interleaved schedule needs a multiple of parallel.pipeline_model_parallel_size={stages}"
+        )
+
+
+def _batch_ramp(config: Config, at_once: int) -> Iterator[str]:
+    ramp, full = config.train.batch_ramp, config.train.global_batch_size
+    if config.parallel.virtual_pipeline_model_parallel_size > 1:
+        at_once *= config.parallel.pipeline_model_parallel_size
+    for name in ("start", "increment"):
+        if getattr(ramp, name) % at_once:
+            yield (
+                f"train.batch_ramp.{name}={getattr(ramp, name)}: must be a multiple of {at_once} (micro_batch_size x "
+                "data_parallel_size, x the stages of an interleaved pipeline)"
+            )
+    if ramp.start > full or (full - ramp.start) % ramp.increment:
+        yield (
+            f"train.batch_ramp.start={ramp.start}: must reach train.global_batch_size={full} in whole increments of "
+            f"train.batch_ramp.increment={ramp.increment}"
         )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from megatron.core.datasets import helpers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_moe.config.derived import samples_before
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Config, DataKind, DataSource
 from megatron_moe.data.corpus import prepare_python_stdlib
@@ -167,7 +168,7 @@ def build_datasets(config: Config) -> tuple[SequenceDataset, SequenceDataset | N
         ConfigError: a dataset is too short, or holds ids beyond the vocabulary.
     """
     data = config.data
-    num_train = config.train.train_steps * config.train.global_batch_size
+    num_train = samples_before(config, config.train.train_steps)
     if data.kind is DataKind.mock:
         vocab_size, length = config.model.vocab_size, data.sequence_length
         return MockDataset(vocab_size, length, seed=data.seed), MockDataset(vocab_size, length, seed=data.seed + 1)

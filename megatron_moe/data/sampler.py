@@ -27,6 +27,7 @@ def micro_batches(
 
     Yields:
         tokens, labels, position_ids: [b, s] int64; under context parallelism this rank's two chunks of s.
+        sample_ids: [b] int64.
     """
     stride = micro_batch_size * pg_collection.dp.size()
     start = first_sample + micro_batch_size * pg_collection.dp.rank()
@@ -38,5 +39,6 @@ def micro_batches(
             "labels": ids[:, 1:].contiguous(),
             "position_ids": torch.arange(ids.shape[1] - 1, device=device).repeat(micro_batch_size, 1),
         }
-        yield get_batch_on_this_cp_rank(batch, cp_group=pg_collection.cp)
+        batch = get_batch_on_this_cp_rank(batch, cp_group=pg_collection.cp)
+        yield {**batch, "sample_ids": torch.arange(start, start + micro_batch_size, device=device)}
         start += stride

@@ -49,14 +49,25 @@ def progress_line(step: int, total_steps: int, metrics: Metrics) -> str:
     return (
         f"step {step:>{len(str(total_steps))}}/{total_steps}"
         f" | lm_loss {metrics['train/lm_loss']:.4f}"
-        f" | balance expert {metrics['train/expert_balance_loss']:.4f}"
-        f" device {metrics['train/device_balance_loss']:.4f}"
-        f" | max violation {metrics['moe/max_violation']:.2f}"
+        f"{_routing_text(metrics)}"
         f" | lr {metrics['train/lr']:.2e}"
         f" | grad norm {metrics['train/grad_norm']:.3f}"
         f" | {metrics['speed/tokens_per_second']:,.0f} tokens/s"
         f" | {format_duration(left)} left"
     )
+
+
+def _routing_text(metrics: Metrics) -> str:
+    """Of a model with experts."""
+    if "moe/max_violation" not in metrics:
+        return ""
+    text = (
+        f" | balance expert {metrics['train/expert_balance_loss']:.4f}"
+        f" device {metrics['train/device_balance_loss']:.4f}"
+        f" | max violation {metrics['moe/max_violation']:.2f}"
+    )
+    dropped = metrics["moe/dropped_fraction"]
+    return f"{text} | dropped {dropped:.1%}" if dropped else text
 
 
 def start_wandb(config: Config) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -14,11 +14,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe.config.derived import num_device_groups
 from megatron_moe.config.schema import Attention, Config
 from megatron_moe.distributed.accelerators import has_fused_weight_gradient
 from megatron_moe.model.layer_spec import block_spec, use_transformer_engine
-from megatron_moe.model.router import BalanceLossConfig, DeepSeekMoERouter
+from megatron_moe.model.router import DeepSeekMoERouter, HashRouter, Router, router_builder
 from megatron_moe.model.transformer_config import transformer_config
 
 
@@ -70,15 +69,10 @@ def _build_chunk(
     parallel = config.parallel
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
     last_virtual = parallel.virtual_pipeline_model_parallel_size - 1
-    balance = BalanceLossConfig(
-        expert_factor=config.model.expert_balance_factor,
-        device_factor=config.model.device_balance_factor,
-        num_device_groups=num_device_groups(config.model, parallel),
-    )
     is_mla = config.model.attention is Attention.mla
     return GPTModel(
         config=mcore_config,
-        transformer_layer_spec=block_spec(mcore_config, balance, vp_stage=vp_stage, pp_rank=pp_rank),
+        transformer_layer_spec=block_spec(mcore_config, router_builder(config), vp_stage=vp_stage, pp_rank=pp_rank),
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.data.sequence_length,
         pre_process=pp_rank == 0 and vp_stage in (None, 0),
@@ -128,7 +122,7 @@ def sharded_tensors(state_dict: ShardedStateDict) -> Iterator[ShardedTensor]:
             yield entry
 
 
-def routers(chunks: list[DistributedDataParallel]) -> list[DeepSeekMoERouter]:
+def routers(chunks: Sequence[torch.nn.Module]) -> list[Router]:
     """The routers of this rank, in layer order."""
-    found = [m for chunk in chunks for m in chunk.modules() if isinstance(m, DeepSeekMoERouter)]
+    found = [m for chunk in chunks for m in chunk.modules() if isinstance(m, DeepSeekMoERouter | HashRouter)]
     return sorted(found, key=lambda router: router.layer_number)

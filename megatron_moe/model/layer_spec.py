@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
@@ -12,7 +14,7 @@ from megatron_moe.distributed.accelerators import has_transformer_engine
 from megatron_moe.distributed.without_te import ReplicatedLinear
 from megatron_moe.model.attention import ScaledDotProductAttention
 from megatron_moe.model.norm import RMSNorm
-from megatron_moe.model.router import BalanceLossConfig, router_builder
+from megatron_moe.model.router import Router
 
 
 def use_transformer_engine() -> bool:
@@ -21,7 +23,7 @@ def use_transformer_engine() -> bool:
 
 
 def block_spec(
-    config: TransformerConfig, balance: BalanceLossConfig, *, vp_stage: int | None, pp_rank: int
+    config: TransformerConfig, router: Callable[..., Router], *, vp_stage: int | None, pp_rank: int
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk."""
     with_te = use_transformer_engine()
@@ -36,7 +38,7 @@ def block_spec(
         _replace_local_modules(spec)
     for layer in spec.layer_specs:
         if hasattr(layer.submodules.mlp.submodules, "router"):
-            layer.submodules.mlp.submodules.router = router_builder(balance)
+            layer.submodules.mlp.submodules.router = router
     return spec
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_moe.config.derived import expert_tensor_parallel_size, is_moe_layer
-from megatron_moe.config.schema import Attention, Config, Dtype, ModelConfig, ParallelConfig
+from megatron_moe.config.schema import Attention, Config, Dtype, ModelConfig, ParallelConfig, YarnConfig
 from megatron_moe.plan.pipeline import mcore_layout
 
 
@@ -64,6 +65,8 @@ def _leave_uninitialized(tensor: torch.Tensor) -> None:
 
 
 def _routing(model: ModelConfig) -> dict[str, Any]:
+    if model.num_experts == 0:
+        return {}
     return {
         "num_moe_experts": model.num_experts,
         "moe_layer_freq": [int(is_moe_layer(model, layer)) for layer in range(model.num_layers)],
@@ -75,6 +78,8 @@ def _routing(model: ModelConfig) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # model/router.py adds the paper's losses
         "moe_token_dispatcher_type": "alltoall",
+        # Never reached: it makes the dispatcher count what model/router.py leaves (token_dispatcher.py:514).
+        "moe_expert_capacity_factor": model.num_experts if model.device_capacity_factor else None,
     }
 
 
@@ -102,7 +107,6 @@ def _precision(dtype: Dtype) -> dict[str, Any]:
 
 
 def _latent_attention(model: ModelConfig) -> dict[str, Any]:
-    """Plain RoPE and its softmax scale: DeepSeek-V2 applies YaRN after pretraining (arXiv:2405.04434, 3.1.4)."""
     return {
         "multi_latent_attention": True,
         "q_lora_rank": model.q_lora_rank,
@@ -111,8 +115,16 @@ def _latent_attention(model: ModelConfig) -> dict[str, Any]:
         "qk_pos_emb_head_dim": model.qk_pos_emb_head_dim,
         "v_head_dim": model.v_head_dim,
         "qk_layernorm": True,
-        "rope_type": "rope",
         "rotary_base": model.rotary_base,
-        "rotary_scaling_factor": 1.0,
-        "mscale_all_dim": 0.0,
+        **_latent_positions(model.yarn),
     }
+
+
+def _latent_positions(yarn: YarnConfig | None) -> dict[str, Any]:
+    """DeepSeek-V2 pretrains on plain RoPE and applies YaRN afterwards (arXiv:2405.04434, 3.1.4).
+
+    The softmax scale follows `mscale_all_dim` even then (mcore 0.16.1, multi_latent_attention.py:125).
+    """
+    if yarn is None:
+        return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
+    return {"rope_type": "yarn", **dataclasses.asdict(yarn)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_moe.config.derived import samples_before
 from megatron_moe.config.schema import Config, DecayUnit
 
 
@@ -23,8 +24,8 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def _progress(config: Config, step: int) -> tuple[int, int]:
+    """Done and all, in steps, or in sequences where the unit is tokens: they differ while the batch grows."""
     steps = config.train.train_steps
     if config.scheduler.unit is DecayUnit.steps:
         return step, steps
-    tokens_per_step = config.train.global_batch_size * config.data.sequence_length
-    return step * tokens_per_step, steps * tokens_per_step
+    return samples_before(config, step), samples_before(config, steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_moe.config.schema import Attention, ModelConfig
+from megatron_moe.config.schema import Attention, ModelConfig, Routing
 
 
 def attention_params(model: ModelConfig) -> int:
@@ -23,9 +23,10 @@ def attention_params(model: ModelConfig) -> int:
 
 
 def moe_params(model: ModelConfig, *, routed_experts: int) -> int:
-    """Parameters of one MoE block with `routed_experts` of its routed experts counted; the router always."""
+    """Parameters of one MoE block with `routed_experts` of its routed experts counted; a learned router always."""
     expert = 3 * model.hidden_size * model.expert_ffn_hidden_size
-    return expert * (routed_experts + model.num_shared_experts) + model.hidden_size * model.num_experts
+    router = model.hidden_size * model.num_experts if model.routing is Routing.topk else 0
+    return expert * (routed_experts + model.num_shared_experts) + router
 
 
 def _params(model: ModelConfig, *, routed_experts: int) -> int:

@@ -10,7 +10,7 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_moe.checkpoint.checkpointer import Checkpointer
 from megatron_moe.checkpoint.state import TrainState
-from megatron_moe.config.derived import num_micro_batches
+from megatron_moe.config.derived import batch_size, num_micro_batches
 from megatron_moe.config.schema import Config
 from megatron_moe.data.dataset import SequenceDataset, build_datasets, unigram_entropy
 from megatron_moe.data.sampler import micro_batches
@@ -80,8 +80,9 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
         while run.state.step < run.last_step:
             lr = learning_rate(config, run.state.step)
             result = _step(run, batches, lr)
-            run.state.advance(config.train.global_batch_size)
-            throughput.count(config.train.global_batch_size * config.data.sequence_length)
+            samples = batch_size(config, run.state.consumed_samples)
+            run.state.advance(samples)
+            throughput.count(samples * config.data.sequence_length)
 
             metrics: Metrics = {}
             evaluates = run.valid_data is not None and run.is_due(config.evaluation.interval)
@@ -141,7 +142,8 @@ def next_batches(run: Run) -> list[Batches]:
 
 def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
     set_learning_rate(run.optimizer, lr)
-    return train_step(run.pipeline, run.optimizer, batches, num_micro_batches(run.config, run.context.world_size))
+    count = num_micro_batches(run.config, run.context.world_size, run.state.consumed_samples)
+    return train_step(run.pipeline, run.optimizer, batches, count)
 
 
 def _measure(run: Run, result: StepResult, lr: float, throughput: Throughput) -> Metrics:

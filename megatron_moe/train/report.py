@@ -19,12 +19,21 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe.checkpoint.checkpointer import plain
-from megatron_moe.config.derived import data_parallel_size, is_moe_layer, num_device_groups, num_micro_batches
-from megatron_moe.config.schema import Config
+from megatron_moe.config.derived import (
+    batch_size,
+    data_parallel_size,
+    is_moe_layer,
+    num_device_groups,
+    num_micro_batches,
+    samples_before,
+)
+from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.metrics.routing import device_load, max_violation, relative
 from megatron_moe.model.build import routers
 from megatron_moe.model.layer_spec import use_transformer_engine
+from megatron_moe.model.router import BALANCE_LOSSES
+from megatron_moe.plan.flops import paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
 from megatron_moe.plan.placement import Placement, placements
 from megatron_moe.train.step import StepResult
@@ -58,8 +67,6 @@ def _git_revision() -> str | None:
 def start_facts(config: Config, world_size: int, device: torch.device) -> list[tuple[str, str]]:
     """What really applies, as (topic, text)."""
     model, parallel, train = config.model, config.parallel, config.train
-    tokens = train.global_batch_size * config.data.sequence_length
-    groups = num_device_groups(model, parallel)
     schedule = config.scheduler
     decay = ", ".join(f"{m:.0%}" for m in schedule.milestones)
     return [
@@ -72,26 +79,17 @@ def start_facts(config: Config, world_size: int, device: torch.device) -> list[t
         (
             "model",
             f"{model.name}: {total_params(model):,} parameters, {activated_params(model):,} activated; "
-            f"{model.num_experts} routed (top {model.router_topk}) + {model.num_shared_experts} shared experts, "
-            f"{model.attention.value}",
+            f"{_experts_text(model)}, {model.attention.value}",
         ),
-        (
-            "batch",
-            f"{train.global_batch_size} x {config.data.sequence_length} = {tokens:,} tokens a step, "
-            f"{tokens * train.train_steps:,} in {train.train_steps:,} steps; "
-            f"{num_micro_batches(config, world_size)} micro batches of {train.micro_batch_size} a rank",
-        ),
-        (
-            "balance",
-            f"expert factor {model.expert_balance_factor:g}; device factor {model.device_balance_factor:g} over "
-            f"{groups} groups of {model.num_experts // groups} experts",
-        ),
+        ("batch", _batch_text(config, world_size)),
+        ("balance", _balance_text(config)),
         (
             "schedule",
             f"lr {config.optimizer.lr:g} after {schedule.warmup_steps:,} warm-up steps"
             + (" (not reached in this run)" if schedule.warmup_steps >= train.train_steps else "")
             + (f", x {schedule.decay_factor} at {decay} of {schedule.unit.value}" if decay else ", constant"),
         ),
+        *([("compute", _compute_text(config))] if model.attention is Attention.mha else []),
         ("precision", f"{config.precision.dtype.value}; router logits, optimizer state and gradient sums fp32"),
         (
             "layout",
@@ -101,6 +99,51 @@ def start_facts(config: Config, world_size: int, device: torch.device) -> list[t
             f"{parallel.expert_model_parallel_size}",
         ),
     ]
+
+
+def _experts_text(model: ModelConfig) -> str:
+    if model.num_experts == 0:
+        return "dense"
+    how = "one by hash" if model.routing is Routing.hash else f"top {model.router_topk}"
+    return f"{model.num_experts} routed ({how}) + {model.num_shared_experts} shared experts"
+
+
+def _batch_text(config: Config, world_size: int) -> str:
+    train, length = config.train, config.data.sequence_length
+    sequences = batch_size(config, 0)
+    ramp = train.batch_ramp
+    return (
+        f"{sequences} x {length} = {sequences * length:,} tokens a step, "
+        + (f"growing to {train.global_batch_size} x {length} over {ramp.tokens:.4g} tokens, " if ramp else "")
+        + f"{samples_before(config, train.train_steps) * length:,} in {train.train_steps:,} steps; "
+        f"{num_micro_batches(config, world_size, 0)} micro batches of {train.micro_batch_size} a rank"
+    )
+
+
+def _compute_text(config: Config) -> str:
+    """The paper's own count, to compare with its tables."""
+    length = config.data.sequence_length
+    teraflops = paper_flops_per_token(config.model, length) * length / 1e12
+    return f"{teraflops:,.4g} TFLOPs a sequence of {length}, as the DeepSeekMoE paper counts them"
+
+
+def _balance_text(config: Config) -> str:
+    model, groups = config.model, num_device_groups(config.model, config.parallel)
+    text = (
+        f"expert factor {model.expert_balance_factor:g}; device factor {model.device_balance_factor:g} over "
+        f"{groups} groups of {model.num_experts // groups} experts"
+    )
+    if model.device_limit is not None:
+        text += (
+            f"; a token goes to {model.device_limit} of them, communication factor "
+            f"{model.communication_balance_factor:g}"
+        )
+    if model.device_capacity_factor is not None:
+        text += (
+            f"; beyond {model.device_capacity_factor:g} x the mean load of a group selections are dropped, but of "
+            f"{model.undropped_fraction:.0%} of the sequences"
+        )
+    return text
 
 
 def print_start(config: Config, context: DistributedContext, model: list[DistributedDataParallel]) -> None:
@@ -161,32 +204,41 @@ def step_metrics(
     """The step's numbers over all ranks; on all ranks, as it reduces.
 
     Returns:
-        Metrics by name. Balance losses are with their factors, summed over layers. `moe/expert_load` and
-        `moe/device_load` are lists by MoE layer of the load over the mean.
+        Metrics by name; of routing only where there are experts. Balance losses are with their factors, summed over
+        layers. `moe/expert_load` and `moe/device_load` are lists by MoE layer of the load over the mean.
     """
-    moe_layers = range(config.model.num_dense_layers, config.model.num_layers)
-    tokens, losses = _routing_sums(config, model, moe_layers, context.device)
     loss = result.loss.clone()
-    for values in (tokens, losses, loss):
+    dist.all_reduce(loss)
+    return {
+        "train/lm_loss": (loss[0] / loss[1]).item(),
+        "train/grad_norm": float(result.grad_norm),
+        **(_routing_metrics(config, context, model, result) if config.model.num_experts else {}),
+        "memory/rank0_gib": _memory_gib(context.device),
+    }
+
+
+def _routing_metrics(
+    config: Config, context: DistributedContext, model: list[DistributedDataParallel], result: StepResult
+) -> dict[str, Any]:
+    moe_layers = range(config.model.num_dense_layers, config.model.num_layers)
+    tokens, losses, dropped = _routing_sums(config, model, moe_layers, context.device)
+    for values in (tokens, losses, dropped):
         dist.all_reduce(values)
     replicas = data_parallel_size(config.parallel, context.world_size)
-    expert_loss, device_loss = (losses.sum(dim=0) / (replicas * num_micro_batches(config, context.world_size))).tolist()
+    losses = losses.sum(dim=0) / (replicas * result.num_micro_batches)
     devices = device_load(tokens, num_device_groups(config.model, config.parallel))
     violations = max_violation(tokens)
     return {
-        "train/lm_loss": (loss[0] / loss[1]).item(),
-        "train/expert_balance_loss": expert_loss,
-        "train/device_balance_loss": device_loss,
-        "train/grad_norm": float(result.grad_norm),
+        **{f"train/{name}_balance_loss": loss for name, loss in zip(BALANCE_LOSSES, losses.tolist(), strict=True)},
         "moe/max_violation": violations.max().item(),
         "moe/max_device_violation": max_violation(devices).max().item(),
+        "moe/dropped_fraction": (dropped.sum() / tokens.sum()).item(),
         **{
             f"moe/layer_{layer}/max_violation": violation
             for layer, violation in zip(moe_layers, violations.tolist(), strict=True)
         },
         "moe/expert_load": _rounded(relative(tokens)),
         "moe/device_load": _rounded(relative(devices)),
-        "memory/rank0_gib": _memory_gib(context.device),
     }
 
 
@@ -196,12 +248,14 @@ def _rounded(loads: torch.Tensor) -> list[list[float]]:
 
 def _routing_sums(
     config: Config, model: list[DistributedDataParallel], moe_layers: range, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of tokens per expert [layers, experts] and balance losses [layers, 2]; 0 for others' layers."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This rank's tokens per expert [layers, experts], balance losses [layers, 3] and dropped selections [layers]."""
     tokens = torch.zeros(len(moe_layers), config.model.num_experts, device=device)
-    losses = torch.zeros(len(moe_layers), 2, device=device)
+    losses = torch.zeros(len(moe_layers), len(BALANCE_LOSSES), device=device)
+    dropped = torch.zeros(len(moe_layers), device=device)
     for router in routers(model):
         row = router.layer_number - 1 - moe_layers.start
-        tokens[row] = router.tokens_per_expert
-        losses[row] = router.balance_losses
-    return tokens, losses
+        tokens[row] = router.counters.tokens_per_expert
+        losses[row] = router.counters.balance_losses
+        dropped[row] = router.counters.dropped
+    return tokens, losses, dropped

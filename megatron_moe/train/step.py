@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_moe.model.build import routers
+from megatron_moe.model.router import Router
 
 Batches = Iterator[dict[str, Tensor]]
 
@@ -27,10 +29,12 @@ class StepResult:
     Attributes:
         loss: of this rank, as `Pipeline.run` returns it.
         grad_norm: of all parameters on all ranks, before clipping.
+        num_micro_batches: that this rank ran.
     """
 
     loss: Tensor
     grad_norm: float
+    num_micro_batches: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Pipeline:
         )
         pipelined = self.pg_collection.pp.size() > 1
         losses = schedule(
-            forward_step_func=_forward_step,
+            forward_step_func=self._forward_step,
             data_iterator=batches if len(batches) > 1 else batches[0],
             model=self.model if len(self.model) > 1 else self.model[0],
             num_microbatches=num_micro_batches,
@@ -66,6 +70,18 @@ class Pipeline:
         )
         device = next(self.model[0].parameters()).device
         return sum(losses, torch.zeros(2, device=device))
+
+    @cached_property
+    def routers(self) -> list[Router]:
+        """Of all chunks, in layer order."""
+        return routers(self.model)
+
+    def _forward_step(self, batches: Batches, model: DistributedDataParallel) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        for router in self.routers:
+            router.begin_micro_batch(batch)
+        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return losses, _sum_loss
 
     def _communicator(self) -> P2PCommunicator:
         return P2PCommunicator(self.pg_collection.pp, get_model_config(self.model[0]))
@@ -79,18 +95,12 @@ def train_step(
         chunk.train()
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    for router in routers(pipeline.model):
-        router.reset_statistics()
+    for router in pipeline.routers:
+        router.reset_counters()
     get_model_config(pipeline.model[0]).finalize_model_grads_func = finalize_model_grads
     loss = pipeline.run(batches, num_micro_batches, forward_only=False)
     _, grad_norm, _ = optimizer.step()
-    return StepResult(loss=loss, grad_norm=grad_norm)
-
-
-def _forward_step(batches: Batches, model: DistributedDataParallel) -> tuple[Tensor, Any]:
-    batch = next(batches)
-    losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return losses, _sum_loss
+    return StepResult(loss=loss, grad_norm=grad_norm, num_micro_batches=num_micro_batches)
 
 
 def _sum_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:

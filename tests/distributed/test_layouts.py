@@ -27,7 +27,26 @@ LAYOUTS = {
     "cp2": (["parallel=cp2"], 2),
     "tp2 x cp2": (["parallel=tp2", "parallel.context_parallel_size=2"], 4),
 }
-LOSSES = ("train/lm_loss", "train/expert_balance_loss", "train/device_balance_loss")
+LOSSES = (
+    "train/lm_loss",
+    "train/expert_balance_loss",
+    "train/device_balance_loss",
+    "train/communication_balance_loss",
+    "moe/dropped_fraction",
+)
+DEEPSEEK_V2_ROUTING = [
+    "model.num_device_groups=4",
+    "model.device_limit=2",
+    "model.router_topk=3",
+    "model.routed_scaling_factor=16",
+    "model.device_balance_factor=0.05",
+    "model.communication_balance_factor=0.02",
+    "model.device_capacity_factor=1.0",
+    "model.undropped_fraction=0.3",
+]
+HASH = ["model.routing=hash", "model.router_topk=1", "model.expert_balance_factor=0", "model.device_balance_factor=0"]
+DENSE = [f"model.{name}=0" for name in ("num_experts", "num_shared_experts", "router_topk", "expert_balance_factor")]
+DENSE += ["model.num_dense_layers=4", "model.device_balance_factor=0"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +56,7 @@ def single() -> dict:
 
 def compare(ranks: list[dict], reference: dict) -> None:
     # fp32 sums in another order differ by 1e-7, and training amplifies that: a token near a tie takes another expert
-    for name in LOSSES:
+    for name in reference["metrics"][0].keys() & LOSSES:
         ours = [m[name] for m in ranks[0]["metrics"]]
         np.testing.assert_allclose(ours, [m[name] for m in reference["metrics"]], rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(ranks[0]["valid"], reference["valid"], rtol=1e-5)
@@ -69,3 +88,26 @@ def test_latent_attention(layout: str) -> None:
     world_size = 4 if "pp2" in layout else 2
     reference = run_ranks(train_tiny, 1, MLA)[0]
     compare(run_ranks(train_tiny, world_size, [*MLA, layout]), reference)
+
+
+# What is dispatched together shares a budget: two expert-parallel ranks' micro batches of 2, as one rank's of 4.
+@pytest.mark.parametrize(
+    ("layout", "world_size", "micro_batch_size"),
+    [("ep2", 2, 2), ("pp2", 2, 4), ("tp2", 2, 4), ("tp2_ep2", 2, 4), ("pp2_ep2", 4, 2)],
+)
+def test_deepseek_v2_routing(layout: str, world_size: int, micro_batch_size: int, single_v2: dict) -> None:
+    options = [f"parallel={layout}", f"train.micro_batch_size={micro_batch_size}"]
+    compare(run_ranks(train_tiny, world_size, [*DEEPSEEK_V2_ROUTING, *options]), single_v2)
+
+
+@pytest.fixture(scope="module")
+def single_v2() -> dict:
+    result = run_ranks(train_tiny, 1, [*DEEPSEEK_V2_ROUTING, "train.micro_batch_size=4"])[0]
+    assert all(0 < m["moe/dropped_fraction"] < 0.7 for m in result["metrics"])
+    return result
+
+
+@pytest.mark.parametrize("options", [HASH, DENSE], ids=["hash", "dense"])
+@pytest.mark.parametrize("layout", ["pp2", "tp2"])
+def test_other_models(options: list[str], layout: str) -> None:
+    compare(run_ranks(train_tiny, 2, [*options, f"parallel={layout}"]), run_ranks(train_tiny, 1, options)[0])

@@ -61,7 +61,7 @@ def tiny_run(overrides: list[str]) -> Iterator[tuple[Any, list, int]]:
     config = tiny_config(*overrides, world_size=world_size)
     with distributed(config.parallel, init_method=os.environ["MEGATRON_MOE_INIT_METHOD"]) as context:
         run = set_up(config, context)
-        yield run, next_batches(run), num_micro_batches(config, world_size)
+        yield run, next_batches(run), num_micro_batches(config, world_size, 0)
 
 
 def train_tiny(overrides: list[str], steps: int = 20) -> dict[str, Any]:

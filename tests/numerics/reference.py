@@ -1,4 +1,4 @@
-"""A DeepSeekMoE layer in plain torch, written from the equations of arXiv:2401.06066 and slow on purpose."""
+"""Plain loops written from the equations of DeepSeekMoE (arXiv:2401.06066) and DeepSeek-V2 (arXiv:2405.04434)."""
 
 from __future__ import annotations
 
@@ -60,3 +60,38 @@ def device_level(affinity: Tensor, selected: Tensor, topk: int, groups: int) -> 
             total = total + f * p
         losses.append(total)
     return torch.stack(losses).mean()
+
+
+def communication_level(affinity: Tensor, selected: Tensor, groups: int, limit: int) -> Tensor:
+    """DeepSeek-V2, equations 29 to 31 without alpha 3, per sequence, mean over sequences."""
+    length, batch, experts = affinity.shape
+    size = experts // groups
+    losses = []
+    for b in range(batch):
+        total = torch.zeros(())
+        for d in range(groups):
+            members = list(range(d * size, (d + 1) * size))
+            sent = sum(1 for t in range(length) if any(selected[t, b, j] for j in members))
+            total = total + groups / (limit * length) * sent * affinity[:, b, members].sum() / length
+        losses.append(total)
+    return torch.stack(losses).mean()
+
+
+def device_limited(affinity: list[float], groups: int, limit: int, topk: int) -> set[int]:
+    """DeepSeek-V2, 2.2.2: the experts of one token."""
+    size = len(affinity) // groups
+    best = [max(affinity[d * size : (d + 1) * size]) for d in range(groups)]
+    devices = sorted(range(groups), key=lambda d: best[d], reverse=True)[:limit]
+    experts = [i for i in range(len(affinity)) if i // size in devices]
+    return set(sorted(experts, key=lambda i: affinity[i], reverse=True)[:topk])
+
+
+def kept(selections: list[tuple[float, int, bool]], budget: int, groups: int) -> list[bool]:
+    """DeepSeek-V2, 2.2.4: of selections (affinity, device, may not be dropped), drop the lowest until within budget."""
+    keep = [True] * len(selections)
+    for d in range(groups):
+        here = [i for i, (_, device, _) in enumerate(selections) if device == d]
+        droppable = sorted((i for i in here if not selections[i][2]), key=lambda i: (selections[i][0], -i))
+        for i in droppable[: max(len(here) - budget, 0)]:
+            keep[i] = False
+    return keep

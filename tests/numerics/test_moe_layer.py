@@ -32,17 +32,17 @@ def layer_and_reference(overrides: list[str], seed: int) -> dict[str, tuple[torc
 
 def run_ours(layer, u, cotangent, router, scaler) -> dict[str, torch.Tensor]:
     scaler.set_loss_scale(torch.ones(1))
-    router.reset_statistics()
+    router.reset_counters()
     output, _ = layer(u)
     parameters = dict(layer.named_parameters())
     (output * cotangent).sum().backward()
     gradients = {f"gradient of {name}": p.main_grad if p.grad is None else p.grad for name, p in parameters.items()}
-    expert_loss, device_loss = router.balance_losses
+    expert_loss, device_loss, _ = router.counters.balance_losses
     return {
         "output": output.detach(),
         "expert-level loss": expert_loss,
         "device-level loss": device_loss,
-        "load": router.tokens_per_expert,
+        "load": router.counters.tokens_per_expert,
         "gradient of input": u.grad,
         **gradients,
     }

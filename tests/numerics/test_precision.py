@@ -27,7 +27,7 @@ def dtypes() -> dict[str, torch.dtype]:
             "gradient sums": next(model.parameters()).main_grad.dtype,
             "moments": state["exp_avg"].dtype,
             "router logits": logits.dtype,
-            "load": router.tokens_per_expert.dtype,
+            "load": router.counters.tokens_per_expert.dtype,
         }
 
 

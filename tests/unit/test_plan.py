@@ -55,7 +55,7 @@ def test_expert_ranks_that_no_multiple_of_the_stage_fits_round_up() -> None:
 
 def test_num_micro_batches() -> None:
     config = compose_config(["train.global_batch_size=32", "train.micro_batch_size=4"])
-    assert num_micro_batches(config, world_size=2) == 4
+    assert num_micro_batches(config, world_size=2, consumed_samples=0) == 4
 
 
 def test_every_layer_and_expert_lies_somewhere_once() -> None:

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_moe.checkpoint.safetensors_io import read_into
 from megatron_moe.config.errors import ConfigError
 
-PIECE_BYTES = 32 * 2**20  # held at a time
+PIECE_BYTES = 8 * 2**20  # held at a time
 DATA_FILE = "__0_0.distcp"
 # What megatron-core 0.16.1 leaves beside the index (dist_checkpointing/core.py).
 BACKEND = {

@@ -175,7 +175,7 @@ def from_hf_config(config: dict[str, Any], name: str) -> ModelConfig:
     options: dict[str, Any] = {ours: config[theirs] for theirs, ours in SIZES.items()}
     options |= {
         "num_dense_layers": config.get("first_k_dense_replace", 0) if is_moe else layers,
-        "kv_channels": hidden // heads,
+        "kv_channels": config["qk_nope_head_dim"] if is_mla else hidden // heads,
         "rotary_base": int(theta),
         "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
         "init_method_std": config.get("initializer_range", 0.02),

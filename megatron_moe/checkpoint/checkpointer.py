@@ -19,7 +19,8 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.schema import Config
+from megatron_moe.config.load import from_plain
+from megatron_moe.config.schema import Config, ModelConfig
 from megatron_moe.optim.optimizer import load_state
 
 # What a run may not change on the way: other weights, or another sequence of samples.
@@ -36,6 +37,18 @@ FIXED_OPTIONS = (
     "train.global_batch_size",
     "train.batch_ramp",
 )
+
+# Options of a model that weights do not depend on.
+TRAINING_ONLY = {
+    "name",
+    "relative_expert_size",
+    "expert_balance_factor",
+    "device_balance_factor",
+    "communication_balance_factor",
+    "device_capacity_factor",
+    "undropped_fraction",
+    "init_method_std",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +91,7 @@ class Checkpointer:
         return final
 
     def load_latest(self) -> tuple[TrainState, list[str]]:
-        """Load the newest checkpoint, if there is one; on all ranks.
+        """Load the newest checkpoint, or where there is none the weights of `checkpoint.init_from`; on all ranks.
 
         Returns:
             Where the run stands, and the options that have changed since.
@@ -88,13 +101,16 @@ class Checkpointer:
         """
         saved = saved_steps(self.folder)
         if not saved:
+            if self.config.checkpoint.init_from is not None:
+                load_weights(self.model, newest_checkpoint(Path(self.config.checkpoint.init_from)), self.config.model)
+                self.optimizer.reload_model_params()
             return TrainState(), []
-        description = json.loads((saved[-1] / "state.json").read_text(encoding="utf-8"))
+        description = read_description(saved[-1])
         check_same_run(description["config"], self.config)
         same_ranks = description["world_size"] == dist.get_world_size()
         request = self.sharded_state_dict(is_loading=True, with_rng=same_ranks)
         loaded = dist_checkpointing.load(request, str(saved[-1]))
-        for name, chunk in self._named_chunks():
+        for name, chunk in _named_chunks(self.model):
             chunk.load_state_dict(loaded[name])
         for part, state in zip(self._optimizer_parts(), loaded["optimizer"], strict=True):
             load_state(part, state, description["step"])
@@ -105,7 +121,7 @@ class Checkpointer:
 
     def sharded_state_dict(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
         """This rank's tensors with their names and places in the whole model."""
-        state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in self._named_chunks()}
+        state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(self.model)}
         # Only the tensors, each under its parameter's name: how many optimizers and groups there are depends on the
         # layout (mcore 0.16.1, distrib_optimizer.py, sharded_state_dict).
         state["optimizer"] = [
@@ -121,11 +137,56 @@ class Checkpointer:
         """Of this rank; the experts' has nothing on a stage without experts."""
         return [part for part in self.optimizer.chained_optimizers if part.optimizer.state]
 
-    def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
-        """megatron-core's own names for virtual stages, which its optimizer expects."""
-        if len(self.model) == 1:
-            return [("model", self.model[0].module)]
-        return [(f"model{i}", chunk.module) for i, chunk in enumerate(self.model)]
+
+def load_weights(model: list[torch.nn.Module], checkpoint: Path, expected: ModelConfig) -> None:
+    """Load the parameters of a checkpoint of the same architecture, whatever its layout; on all ranks.
+
+    Args:
+        model: chunks of this rank, with or without their data-parallel wrapper.
+        checkpoint: a folder `step_NNNNNNNN`.
+        expected: of `model`.
+
+    Raises:
+        ConfigError: the checkpoint is of another architecture.
+    """
+    saved, wanted = read_description(checkpoint)["config"]["model"], plain(expected)
+    problems = [
+        f"model.{name}={wanted[name]}: {checkpoint} has {saved[name]}"
+        for name in wanted
+        if name not in TRAINING_ONLY and wanted[name] != saved[name]
+    ]
+    if problems:
+        raise ConfigError(*problems)
+    request = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(model)}
+    loaded = dist_checkpointing.load(request, str(checkpoint))
+    for name, chunk in _named_chunks(model):
+        chunk.load_state_dict(loaded[name])
+
+
+def _named_chunks(model: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+    """megatron-core's own names for virtual stages, which its optimizer expects."""
+    chunks = [chunk.module if isinstance(chunk, DistributedDataParallel) else chunk for chunk in model]
+    if len(chunks) == 1:
+        return [("model", chunks[0])]
+    return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest checkpoint of a run, or of an imported model.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    saved = saved_steps(run / "checkpoints")
+    if not saved:
+        raise ConfigError(f"{run}: holds no checkpoint (a folder checkpoints/step_NNNNNNNN)")
+    return saved[-1]
+
+
+def read_description(checkpoint: Path) -> dict[str, Any]:
+    """What `state.json` says: step, consumed_samples, world_size and config, with defaults for options added since."""
+    description = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return {**description, "config": plain(from_plain(description["config"]))}
 
 
 def saved_steps(folder: Path) -> list[Path]:
@@ -133,7 +194,7 @@ def saved_steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
-def plain(config: Config) -> dict[str, Any]:
+def plain(config: Config | ModelConfig) -> dict[str, Any]:
     """A configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=_enum_value))
 
@@ -168,7 +229,7 @@ def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
 
 def _leaves(config: dict[str, Any], name: str) -> list[str]:
     value = _lookup(config, name)
-    return [f"{name}.{key}" for key in value] if isinstance(value, dict) else [name]
+    return [leaf for key in value for leaf in _leaves(config, f"{name}.{key}")] if isinstance(value, dict) else [name]
 
 
 def _lookup(config: dict[str, Any], name: str) -> Any:

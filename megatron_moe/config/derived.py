@@ -46,7 +46,7 @@ def required_world_size(parallel: ParallelConfig) -> int:
 def batch_size(config: Config, consumed_samples: int) -> int:
     """Sequences of the step after `consumed_samples`: `global_batch_size`, or less while the batch ramps up."""
     train, ramp = config.train, config.train.batch_ramp
-    if ramp is None:
+    if ramp.start is None:
         return train.global_batch_size
     increments = (train.global_batch_size - ramp.start) // ramp.increment
     done = increments * consumed_samples * config.data.sequence_length // int(ramp.tokens)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -37,7 +38,19 @@ def to_config(composed: DictConfig) -> Config:
     try:
         plain = OmegaConf.to_container(composed, resolve=True)
         plain.pop("hydra", None)
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+        return from_plain(plain)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from None
+
+
+def from_plain(saved: dict[str, Any]) -> Config:
+    """A typed `Config` of JSON values, such as a run left; options it does not name have their defaults.
+
+    Raises:
+        ConfigError: an option does not exist, or has the wrong type.
+    """
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from None
 
@@ -88,9 +101,18 @@ def _suggestion(override: str) -> str:
     if (CONF_DIR / name).is_dir():
         choices = sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
         return f"; {name} is one of: {', '.join(choices)}"
-    options = [f"{g.name}.{o.name}" for g in fields(Config) for o in fields(g.default_factory)]
+    options = _option_names(Config)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close and close[0] != name else ""
+
+
+def _option_names(schema: type, prefix: str = "") -> list[str]:
+    names = []
+    for option in fields(schema):
+        nested = option.default_factory
+        is_group = isinstance(nested, type) and is_dataclass(nested)
+        names += _option_names(nested, f"{prefix}{option.name}.") if is_group else [f"{prefix}{option.name}"]
+    return names
 
 
 def _is_group(override: str) -> bool:

@@ -57,9 +57,12 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class YarnConfig:
-    """Rotary frequencies stretched for a longer context (arXiv:2309.00071; DeepSeek-V2, arXiv:2405.04434, 3.1.4)."""
+    """Rotary frequencies stretched for a longer context; `rotary_scaling_factor` null: plain ones.
 
-    rotary_scaling_factor: float = 40.0
+    Source: YaRN, arXiv:2309.00071; DeepSeek-V2, arXiv:2405.04434, 3.1.4.
+    """
+
+    rotary_scaling_factor: float | None = None
     original_max_position_embeddings: int = 4096
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -111,7 +114,7 @@ class ModelConfig:
     qk_pos_emb_head_dim: int = 64
     v_head_dim: int = 128
     rotary_base: int = 10000
-    yarn: YarnConfig | None = None
+    yarn: YarnConfig = field(default_factory=YarnConfig)
     layernorm_epsilon: float = 1e-6
     init_method_std: float = 0.006
 
@@ -196,12 +199,12 @@ class SchedulerConfig:
 class BatchRampConfig:
     """A batch that grows from `start` sequences to `global_batch_size` over the first `tokens`, `increment` at a time.
 
-    The growth is linear in tokens.
+    The growth is linear in tokens. `start` null: the batch is `global_batch_size` throughout.
     """
 
-    start: int = MISSING
-    increment: int = MISSING
-    tokens: float = MISSING
+    start: int | None = None
+    increment: int = 1
+    tokens: float = 1.0
 
 
 @dataclass(kw_only=True)
@@ -212,7 +215,7 @@ class TrainConfig:
     exit_step: int | None = None
     global_batch_size: int = MISSING
     micro_batch_size: int = MISSING
-    batch_ramp: BatchRampConfig | None = None
+    batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     seed: int = 1234
 
 

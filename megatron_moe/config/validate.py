@@ -111,9 +111,8 @@ def _wrong_signs(config: Config) -> Iterator[tuple[str, str]]:
         (BELOW_ONE, lambda value: not 0 <= value < 1, "must be at least 0 and below 1"),
     ):
         for group, names in table.items():
-            options = _lookup(config, group)
-            for name in names.split() if options is not None else ():
-                value = getattr(options, name)
+            for name in names.split():
+                value = getattr(_lookup(config, group), name)
                 if value is not None and is_wrong(value):
                     yield f"{group}.{name}", f"{group}.{name}={value}: {rule}"
 
@@ -141,12 +140,20 @@ def _model(config: Config) -> Iterator[str]:
     rotary = "kv_channels" if model.attention is Attention.mha else "qk_pos_emb_head_dim"
     if getattr(model, rotary) % 2:
         yield f"model.{rotary}={getattr(model, rotary)}: must be even, rotary embedding turns pairs"
-    if model.yarn is not None and model.attention is Attention.mha:
-        yield "model.yarn: only model.attention=mla has it"
+    if model.yarn.rotary_scaling_factor is not None and model.attention is Attention.mha:
+        yield (
+            f"model.yarn.rotary_scaling_factor={model.yarn.rotary_scaling_factor}: only model.attention=mla has YaRN; "
+            "set it to null"
+        )
     if model.num_dense_layers > model.num_layers:
         yield f"model.num_dense_layers={model.num_dense_layers}: there are only model.num_layers={model.num_layers}"
-    elif model.num_experts == 0 or model.num_dense_layers == model.num_layers:
+    elif model.num_experts == 0:
         yield from _dense_model(config)
+    elif model.num_dense_layers == model.num_layers:
+        yield (
+            f"model.num_dense_layers={model.num_dense_layers}: must be below model.num_layers={model.num_layers}, "
+            "or no layer has experts; a dense model has model.num_experts=0"
+        )
     else:
         yield from _experts(config)
         yield from _device_groups(config)
@@ -161,13 +168,13 @@ def _dense_model(config: Config) -> Iterator[str]:
         )
         return
     names = (
-        "num_experts num_shared_experts router_topk expert_balance_factor device_balance_factor "
-        "communication_balance_factor device_limit device_capacity_factor"
+        "num_shared_experts router_topk expert_balance_factor device_balance_factor communication_balance_factor "
+        "device_limit device_capacity_factor"
     )
     for name in names.split():
         if value := getattr(model, name):
             default = "null" if name in ("device_limit", "device_capacity_factor") else 0
-            yield f"model.{name}={value}: must be {default} where no layer has experts; or lower model.num_dense_layers"
+            yield f"model.{name}={value}: must be {default} with model.num_experts=0"
     if config.parallel.expert_model_parallel_size > 1:
         yield (
             f"parallel.expert_model_parallel_size={config.parallel.expert_model_parallel_size}: must be 1, "
@@ -319,7 +326,7 @@ def _batch(config: Config, replicas: int) -> Iterator[str]:
         )
     elif config.parallel.virtual_pipeline_model_parallel_size > 1:
         yield from _interleaving(config, train.global_batch_size // at_once)
-    if train.batch_ramp is not None:
+    if train.batch_ramp.start is not None:
         yield from _batch_ramp(config, at_once)
 
 
@@ -366,8 +373,10 @@ def _data(config: Config) -> Iterator[str]:
             yield "data.train=[]: data=blend needs at least one {path: PREFIX, weight: W}"
         for name, sources in (("train", data.train), ("valid", data.valid)):
             yield from _source_problems(f"data.{name}", sources)
-    elif data.train or data.valid:
-        yield f"data.train, data.valid: only data=blend reads them; data.kind is {data.kind.value}"
+        if data.tokenizer is not None and not Path(data.tokenizer).is_file():
+            yield f"data.tokenizer={data.tokenizer}: no such file; the tokenizer.json that made the ids, or null"
+    elif data.train or data.valid or data.tokenizer:
+        yield f"data.train, data.valid, data.tokenizer: only data=blend reads them; data.kind is {data.kind.value}"
 
 
 def _source_problems(option: str, sources: list) -> Iterator[str]:
@@ -391,3 +400,6 @@ def _schedule(config: Config) -> Iterator[str]:
     train = config.train
     if train.exit_step is not None and train.exit_step > train.train_steps:
         yield f"train.exit_step={train.exit_step}: must not exceed train.train_steps={train.train_steps}"
+    source = config.checkpoint.init_from
+    if source is not None and not (Path(source) / "checkpoints").is_dir():
+        yield f"checkpoint.init_from={source}: holds no checkpoints; the folder of a run or of an imported model"

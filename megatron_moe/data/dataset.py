@@ -180,6 +180,14 @@ def build_datasets(config: Config) -> tuple[SequenceDataset, SequenceDataset | N
     return _blend(config, train, num_train), _held_out(config, valid)
 
 
+def tokenizer_file(config: Config) -> Path | None:
+    """The tokenizer that made the ids, where it is known."""
+    data = config.data
+    if data.kind is DataKind.python_stdlib:
+        return prepare_python_stdlib(data) / "tokenizer.json"
+    return Path(data.tokenizer) if data.tokenizer else None
+
+
 def _blend(config: Config, sources: Sequence[DataSource], num_samples: int) -> SequenceDataset:
     data = config.data
     datasets = [PackedDataset(s.path, data.sequence_length, seed=data.seed) for s in sources]

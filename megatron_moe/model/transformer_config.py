@@ -120,11 +120,11 @@ def _latent_attention(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _latent_positions(yarn: YarnConfig | None) -> dict[str, Any]:
+def _latent_positions(yarn: YarnConfig) -> dict[str, Any]:
     """DeepSeek-V2 pretrains on plain RoPE and applies YaRN afterwards (arXiv:2405.04434, 3.1.4).
 
     The softmax scale follows `mscale_all_dim` even then (mcore 0.16.1, multi_latent_attention.py:125).
     """
-    if yarn is None:
+    if yarn.rotary_scaling_factor is None:
         return {"rope_type": "rope", "rotary_scaling_factor": 1.0, "mscale_all_dim": 0.0}
     return {"rope_type": "yarn", **dataclasses.asdict(yarn)}

@@ -28,6 +28,7 @@ from megatron_moe.config.derived import (
     samples_before,
 )
 from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
+from megatron_moe.data.dataset import tokenizer_file
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.metrics.routing import device_load, max_violation, relative
 from megatron_moe.model.build import routers
@@ -42,8 +43,10 @@ PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wand
 
 
 def write_run_files(config: Config, overrides: list[str]) -> None:
-    """Leave the resolved configuration, the overrides and the software's versions in the run's folder."""
+    """Leave the resolved configuration, the overrides, the versions and the tokenizer in the run's folder."""
     folder = Path(config.run.dir)
+    if (tokenizer := tokenizer_file(config)) is not None:
+        shutil.copyfile(tokenizer, folder / "tokenizer.json")
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
     environment = {
         "overrides": overrides,
@@ -114,7 +117,7 @@ def _batch_text(config: Config, world_size: int) -> str:
     ramp = train.batch_ramp
     return (
         f"{sequences} x {length} = {sequences * length:,} tokens a step, "
-        + (f"growing to {train.global_batch_size} x {length} over {ramp.tokens:.4g} tokens, " if ramp else "")
+        + (f"growing to {train.global_batch_size} x {length} over {ramp.tokens:.4g} tokens, " if ramp.start else "")
         + f"{samples_before(config, train.train_steps) * length:,} in {train.train_steps:,} steps; "
         f"{num_micro_batches(config, world_size, 0)} micro batches of {train.micro_batch_size} a rank"
     )

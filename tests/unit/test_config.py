@@ -53,8 +53,11 @@ def test_hydra_overrides_reach_the_typed_config() -> None:
 
 
 def test_every_wrong_override_is_listed() -> None:
-    found = problems("model.num_layer=3", "+model.foo=1", "parallel=pp3", "train.global_batch_size=7")
-    assert len(found) == 4
+    found = problems(
+        "train.batch_ramp.star=3", "model.num_layer=3", "+model.foo=1", "parallel=pp3", "train.global_batch_size=7"
+    )
+    assert len(found) == 5
+    assert "did you mean train.batch_ramp.start?" in "".join(found)
     assert "did you mean model.num_layers?" in "".join(found)
     assert any("+model.foo=1" in problem for problem in found)
     assert any("parallel is one of: cp2, dp2" in problem for problem in found)
@@ -77,8 +80,28 @@ def test_every_wrong_override_is_listed() -> None:
         (["train.global_batch_size=9"], "must be a multiple of 2"),
         (["train.global_batch_size=0"], "train.global_batch_size=0: must be positive"),
         (["optimizer.lr=-1"], "optimizer.lr=-1.0: must be positive"),
-        (["model.router_topk=65"], "there are only model.num_experts=64"),
+        (["model.router_topk=65"], "must be from 1 to model.num_experts=64"),
         (["model.num_dense_layers=4"], "or no layer has experts"),
+        (["model.num_experts=0"], "needs model.num_dense_layers=4"),
+        (["model=dense_nano", "model.router_topk=1"], "must be 0 with model.num_experts=0"),
+        (["model=dense_nano", "parallel=ep2"], "parallel.expert_model_parallel_size=2: must be 1"),
+        (["model=hash_nano", "model.router_topk=2"], "model.routing=hash sends a token to 1 expert"),
+        (["model=hash_nano", "model.device_limit=1"], "no affinities to balance, limit or drop by"),
+        (["model.communication_balance_factor=0.1"], "needs model.device_limit"),
+        (["model.device_limit=5"], "there are only 4 device groups"),
+        (
+            ["model.num_device_groups=32", "model.router_topk=7", "model.device_limit=3"],
+            "3 of 32 device groups hold 6 experts, fewer than model.router_topk=7",
+        ),
+        (["model.undropped_fraction=1"], "must be at least 0 and below 1"),
+        (["model.device_capacity_factor=1", "parallel=cp2"], "not with parallel.context_parallel_size=2"),
+        (["model.device_capacity_factor=0"], "must be positive"),
+        (["model.yarn.rotary_scaling_factor=40"], "only model.attention=mla has YaRN"),
+        (["train.batch_ramp.start=4", "train.batch_ramp.increment=3"], "train.batch_ramp.increment=3: must be a mult"),
+        (["train.batch_ramp.increment=2", "train.batch_ramp.start=16"], "must reach train.global_batch_size=8"),
+        (["train.batch_ramp.increment=2", "train.batch_ramp.start=0"], "train.batch_ramp.start=0: must be positive"),
+        (["checkpoint.init_from=nowhere"], "holds no checkpoints"),
+        (["data.tokenizer=x.json"], "only data=blend reads them"),
         (["model.num_device_groups=5"], "must divide model.num_experts=64"),
         (["parallel.tensor_model_parallel_size=3"], "must divide model.num_attention_heads"),
         (["parallel=tp2", "parallel.expert_tensor_parallel_size=1"], "would not reduce the experts' gradients"),

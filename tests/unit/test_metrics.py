@@ -44,7 +44,7 @@ def test_throughput_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def metrics(**values: float) -> dict[str, float]:
     names = "train/lm_loss train/expert_balance_loss train/device_balance_loss train/grad_norm train/lr"
-    names += " speed/tokens_per_second speed/step_time_s moe/max_violation"
+    names += " speed/tokens_per_second speed/step_time_s moe/max_violation moe/dropped_fraction"
     return dict.fromkeys(names.split(), 2.0) | values
 
 

@@ -1,0 +1,82 @@
+"""A trained run in one process: to evaluate, take apart or talk to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from megatron.core.transformer.module import Float16Module
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from megatron_moe.checkpoint.checkpointer import load_weights, newest_checkpoint
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.load import from_plain
+from megatron_moe.config.schema import Config, ParallelConfig
+from megatron_moe.data.tokenizer import load_tokenizer
+from megatron_moe.distributed.context import distributed
+from megatron_moe.model.build import build_chunks
+from megatron_moe.model.layer_spec import use_transformer_engine
+from megatron_moe.model.transformer_config import transformer_config
+from megatron_moe.train.step import Pipeline
+
+
+@dataclass(frozen=True)
+class RestoredRun:
+    """A run's configuration and its newest weights, on one device."""
+
+    config: Config
+    folder: Path
+    checkpoint: Path
+    pipeline: Pipeline
+    device: torch.device
+
+    def tokenizer(self, path: Path | None = None) -> Tokenizer:
+        """The tokenizer at `path`, by default the run's own."""
+        return load_tokenizer(path or self.folder / "tokenizer.json")
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Of the next token after each, [b, s] ids to [b, s, vocab_size]."""
+        (model,) = self.pipeline.model
+        positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
+        for router in self.pipeline.routers:
+            router.begin_micro_batch({"tokens": tokens, "sample_ids": positions[:, 0]})
+        return model(tokens, positions, None)
+
+
+@contextmanager
+def restored(folder: Path) -> Iterator[RestoredRun]:
+    """Build the model of a run in this process and load its newest checkpoint, of any layout.
+
+    Raises:
+        ConfigError: the folder is no run, or holds no checkpoint.
+    """
+    config = read_config(folder)
+    checkpoint = newest_checkpoint(folder)
+    with distributed(config.parallel) as context:
+        mcore_config = transformer_config(config, grouped_gemm=use_transformer_engine())
+        model = build_chunks(config, mcore_config, context.pg_collection, context.device)
+        if mcore_config.bf16:
+            model = [Float16Module(mcore_config, chunk) for chunk in model]
+        load_weights(model, checkpoint, config.model)
+        for chunk in model:
+            chunk.eval()
+        pipeline = Pipeline(model, context.pg_collection, config.data.sequence_length, config.train.micro_batch_size)
+        yield RestoredRun(config, folder, checkpoint, pipeline, context.device)
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration a run left, laid out for one process; device groups stay as trained."""
+    file = folder / "config.yaml"
+    try:
+        config = from_plain(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; is {folder} the folder of a run?") from None
+    config.model.num_device_groups = config.model.num_device_groups or config.parallel.expert_model_parallel_size
+    config.parallel = ParallelConfig()
+    return config

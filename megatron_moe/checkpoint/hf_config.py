@@ -122,7 +122,7 @@ def _device_limit(model: ModelConfig) -> dict[str, Any]:
 
 
 def _scaling(model: ModelConfig) -> dict[str, Any] | None:
-    if model.yarn is None:
+    if model.yarn.rotary_scaling_factor is None:
         return None
     return {"type": "yarn", **{name: getattr(model.yarn, ours) for name, ours in YARN.items()}}
 
@@ -133,7 +133,7 @@ def _inexpressible(model: ModelConfig) -> Iterator[str]:
     if model.attention is Attention.mla:
         if model.layernorm_epsilon != LATENT_NORM_EPSILON:
             yield _only(f"model.layernorm_epsilon={model.layernorm_epsilon}", V2, LATENT_NORM_EPSILON)
-        if model.yarn is not None:
+        if model.yarn.rotary_scaling_factor is not None:
             yield from _mscale_problems("model.yarn", model.yarn)
         return
     if model.kv_channels * model.num_attention_heads != model.hidden_size:
@@ -205,9 +205,9 @@ def _dense_options(config: dict[str, Any]) -> dict[str, Any]:
     return {**dict.fromkeys(unused, 0), "expert_ffn_hidden_size": width}
 
 
-def _yarn(scaling: dict[str, Any] | None) -> YarnConfig | None:
+def _yarn(scaling: dict[str, Any] | None) -> YarnConfig:
     if scaling is None:
-        return None
+        return YarnConfig()
     return YarnConfig(**{ours: (YARN_DEFAULTS | scaling)[theirs] for theirs, ours in YARN.items()})
 
 
@@ -280,6 +280,9 @@ def _unsupported_rope(config: dict[str, Any]) -> Iterator[str]:
     wrong = [n for n, value in scaling.items() if n not in YARN or not _is_number(value)]
     for name in wrong:
         yield _refusal(f"rope_scaling.{name}", scaling[name], f"{', '.join(YARN)}, all numbers")
+    original = scaling.get("original_max_position_embeddings", 1)
+    if _is_number(original) and not _is_integer(original, 1):
+        yield _refusal("rope_scaling.original_max_position_embeddings", original, "positive integers")
     if not wrong and YARN.keys() <= (YARN_DEFAULTS | scaling).keys():
         yield from _mscale_problems("rope_scaling", _yarn(scaling))
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from megatron_moe.checkpoint.dcp import Rows, SavedTensors, pieces
 from megatron_moe.checkpoint.hf import HfTensor, hf_tensors, other_name, our_shapes
@@ -19,7 +18,7 @@ from megatron_moe.checkpoint.run_folder import new_folder, read_json, saved_step
 from megatron_moe.checkpoint.safetensors_io import NAMES, TensorToWrite, write_folder
 from megatron_moe.config.derived import num_device_groups
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.load import to_config
+from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import Config
 
 TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -60,7 +59,7 @@ def export_run(
         ConfigError: there is no such checkpoint, or Hugging Face has no such model.
     """
     checkpoint = find_checkpoint(run, step)
-    config = to_config(OmegaConf.create(read_json(checkpoint / "state.json")["config"]))
+    config = from_plain(read_json(checkpoint / "state.json").get("config", {}))
     fields = _fields(config)
     vocabulary = find_tokenizer(run, tokenizer, config.model.vocab_size)
     saved = SavedTensors(checkpoint)

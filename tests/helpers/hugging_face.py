@@ -32,6 +32,7 @@ SIZES = {
     "aux_loss_alpha": 0.01,
 }
 V1 = {**SIZES, "model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "rope_scaling": None}
+V1_DENSE = {**V1, **dict.fromkeys(("n_routed_experts", "n_shared_experts", "num_experts_per_tok"))}
 LATENT = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "q_lora_rank": None}
 GREEDY = {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}
 LIMITED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 16.0}

@@ -57,7 +57,7 @@ def test_rows_across_chunks(
 def test_what_was_never_saved_is_missed(tmp_path: Path) -> None:
     save_cut(tmp_path, torch.randn(4, 3), [[2], []], kept=1)
     assert SavedTensors(tmp_path).read("x", Rows(None, 0, 2)).shape == (2, 3)
-    with pytest.raises(ConfigError, match="x: 3 values of rows .* were never saved"):
+    with pytest.raises(ConfigError, match=r"x: 3 values of rows .* were never saved"):
         SavedTensors(tmp_path).read("x", Rows(None, 0, 3))
 
 

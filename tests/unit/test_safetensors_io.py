@@ -14,9 +14,10 @@ from megatron_moe.config.errors import ConfigError
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
     "b": torch.arange(4).to(torch.bfloat16),
-    "c": torch.zeros(0, 3),
+    "c": torch.ones(3),
 }
 VALID = save(TENSORS, {"format": "pt"})
+EDITS = st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=3)
 
 
 def write(folder: Path, header: object, data: bytes = b"\0" * 8) -> Path:
@@ -67,7 +68,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(edits=st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), max_size=3), end=st.integers(1, 400))
+@given(edits=EDITS, end=st.integers(1, 2 * len(VALID)))
 def test_what_is_accepted_is_valid(tmp_path_factory: pytest.TempPathFactory, edits: list, end: int) -> None:
     """The package's own check is the judge: damaged or cut files are refused wherever it refuses them."""
     damaged = bytearray(VALID)
@@ -87,20 +88,18 @@ def to_write(tensors: dict[str, torch.Tensor]) -> list[TensorToWrite]:
     return [TensorToWrite(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
-@pytest.mark.parametrize(("max_bytes", "files"), [(10**9, 1), (32, 1), (31, 2), (1, 3)])
+@pytest.mark.parametrize(("max_bytes", "files"), [(10**9, 1), (44, 1), (43, 2), (1, 3)])
 def test_written_files_are_read_by_the_package(tmp_path: Path, max_bytes: int, files: int) -> None:
-    tensors = {name: tensor.clone() for name, tensor in TENSORS.items()} | {"c": torch.ones(3)}
-    tensors["c"] = torch.ones(0, 2) if files == 1 else tensors["c"]
-    written = write_folder(tmp_path, to_write(tensors), lambda t: tensors[t.name].split(1), max_bytes)
+    written = write_folder(tmp_path, to_write(TENSORS), lambda t: TENSORS[t.name].split(1), max_bytes)
     assert written == files == len(list(tmp_path.glob("*.safetensors")))
     assert (tmp_path / INDEX).exists() == (files > 1)
     theirs = {name: tensor for file in tmp_path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    assert theirs.keys() == tensors.keys()
+    assert theirs.keys() == TENSORS.keys()
     for name, stored in open_folder(tmp_path).items():
-        assert torch.equal(theirs[name], tensors[name])
-        rows = torch.empty(tensors[name].shape, dtype=tensors[name].dtype)[1:]
+        assert torch.equal(theirs[name], TENSORS[name])
+        rows = torch.empty_like(TENSORS[name])[1:]
         stored.read_rows(1, rows)
-        assert torch.equal(rows, tensors[name][1:])
+        assert torch.equal(rows, TENSORS[name][1:])
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ def test_written_files_are_read_by_the_package(tmp_path: Path, max_bytes: int, f
         ({"a": 3}, "must be the name of a .safetensors file"),
         ({"a": "gone.safetensors"}, "gone.safetensors: no such file"),
         ({"a": "part.safetensors"}, "disagrees with its files on 2 tensors; b of part.safetensors is only in the file"),
-        ({n: "part.safetensors" for n in "abcd"}, "1 tensors; d of part.safetensors is only in the index"),
+        (dict.fromkeys("abcd", "part.safetensors"), "1 tensors; d of part.safetensors is only in the index"),
         ([], "no index with a weight_map"),
         ({"a": []}, "no index with a weight_map"),
     ],
@@ -125,7 +124,7 @@ def test_wrong_indices_are_refused(tmp_path: Path, index: object, expected: str)
 
 
 def test_pickles_are_not_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither model.safetensors nor"):
+    with pytest.raises(ConfigError, match=r"neither model\.safetensors nor"):
         open_folder(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"pytorch_model.bin: pickles can run code; only safetensors"):

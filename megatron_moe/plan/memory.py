@@ -47,9 +47,10 @@ def stage_params(config: Config, stage: int) -> tuple[int, int]:
     model, stages = config.model, config.parallel.pipeline_model_parallel_size
     layers = [layer for chunk in layers_of_stage(model, config.parallel, stage) for layer in chunk]
     num_moe = sum(is_moe_layer(model, layer) for layer in layers)
-    ends = (stage == 0) + (stage == stages - 1)
+    first, last = stage == 0, stage == stages - 1
     dense = (
-        ends * model.vocab_size * model.hidden_size
+        (first + last) * model.vocab_size * model.hidden_size
+        + last * model.hidden_size
         + len(layers) * (attention_params(model) + 2 * model.hidden_size)
         + (len(layers) - num_moe) * 3 * model.hidden_size * model.ffn_hidden_size
         + num_moe * moe_params(model, routed_experts=0)

@@ -163,10 +163,13 @@ def layer_figures(report: Report) -> list[Any]:
             aspect="auto",
             labels={"x": "routed expert", "y": "MoE layer", "color": "load / mean"},
         )
-        figures.append(load.update_layout(title=f"{title}load"))
+        figures.append(load.update_layout(title=f"{title}load").update_yaxes(dtick=1))
         co_activation = np.array(source["co_activation"])
+        co_activation *= 1 - np.eye(co_activation.shape[-1])  # an expert with itself would hide the others
+        if not co_activation.any():
+            continue
         pairs = px.imshow(
-            co_activation * (1 - np.eye(co_activation.shape[-1])),  # an expert with itself would hide the others
+            co_activation,
             animation_frame=0,
             labels={"x": "also selected", "y": "selected", "color": "share", "animation_frame": "MoE layer"},
         )

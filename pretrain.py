@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-import warnings
 from pathlib import Path
 
 import hydra
@@ -23,7 +22,7 @@ from megatron_moe.config.load import COMPOSITION_ERRORS, explain, register_schem
 from megatron_moe.config.schema import Config
 from megatron_moe.config.validate import validate
 from megatron_moe.distributed import launch
-from megatron_moe.distributed.accelerators import check_apex
+from megatron_moe.distributed.accelerators import check_apex, quiet
 
 INTERRUPTED = 130  # exit code: 128 plus SIGINT
 
@@ -99,8 +98,7 @@ def make_run_folder(config: Config) -> None:
 
 def train_here(config: Config, overrides: list[str]) -> None:
     """Train in this process, one of the ranks. Imports torch, which takes seconds."""
-    # megatron-core warns of what is absent and of its own deprecated calls, on every rank
-    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
+    quiet()
     check_apex()
     from megatron_moe.distributed.context import distributed
     from megatron_moe.train.loop import train

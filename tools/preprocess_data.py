@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.distributed.accelerators import quiet
 
 
 def documents(paths: list[Path], field: str) -> Iterator[str]:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def preprocess(args: argparse.Namespace) -> tuple[int, int]:
     """Write the dataset; returns documents and tokens."""
-    warnings.filterwarnings("ignore", module=r"megatron\.core")  # of what is absent and not needed here
+    quiet()
     from megatron_moe.data.corpus import write_indexed
     from megatron_moe.data.tokenizer import load_tokenizer
 

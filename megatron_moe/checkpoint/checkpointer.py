@@ -40,6 +40,7 @@ FIXED_OPTIONS = (
 
 # Options of a model that weights do not depend on.
 TRAINING_ONLY = {
+    "num_device_groups",
     "name",
     "relative_expert_size",
     "expert_balance_factor",

@@ -180,6 +180,21 @@ def build_datasets(config: Config) -> tuple[SequenceDataset, SequenceDataset | N
     return _blend(config, train, num_train), _held_out(config, valid)
 
 
+def held_out_sources(config: Config, paths: dict[str, str]) -> dict[str, SequenceDataset]:
+    """Held-out sequences by source: the indexed datasets at `paths`, by default those of a run.
+
+    Raises:
+        ConfigError: there are none, or one cannot be read.
+    """
+    if not paths and config.data.kind is not DataKind.blend:
+        _, held_out = build_datasets(config)
+        return {config.data.kind.value: held_out}
+    sources = paths or {source.path: source.path for source in config.data.valid}
+    if not sources:
+        raise ConfigError("data.valid=[]: the run has no held-out data; name some")
+    return {name: _blend(config, [DataSource(path=path)], 0) for name, path in sources.items()}
+
+
 def tokenizer_file(config: Config) -> Path | None:
     """The tokenizer that made the ids, where it is known."""
     data = config.data

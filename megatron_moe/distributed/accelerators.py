@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_moe.config.errors import ConfigError
+
+
+def quiet() -> None:
+    """Hide megatron-core's warnings of what is absent and of its own deprecated calls, on every rank."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed")
 
 
 def has_transformer_engine() -> bool:

@@ -71,10 +71,10 @@ class ExpertSelection:
         self, affinities: Tensor, topk: int, num_groups: None, group_topk: None, select: Callable[..., Any]
     ) -> tuple[Tensor, Tensor]:
         """Select experts, [num_tokens, num_experts] affinities to [num_tokens, topk] affinities and indices."""
-        if self.device_limit is not None:
-            affinities = within_device_limit(affinities, num_groups=self.num_groups, limit=self.device_limit)
         if self.num_masked:
             affinities = without_top_experts(affinities, self.num_masked)
+        if self.device_limit is not None:
+            affinities = within_device_limit(affinities, num_groups=self.num_groups, limit=self.device_limit)
         return select(affinities, topk)
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import assemble, optimizer_shards, tiny_config, tiny_run
@@ -81,3 +82,32 @@ def test_configurations_compare_by_option() -> None:
     with pytest.raises(ConfigError) as caught:
         check_same_run(saved, tiny_config("model.router_topk=3", "train.seed=7"))
     assert [problem.split("=")[0] for problem in caught.value.problems] == ["model.router_topk", "train.seed"]
+
+
+def weights(overrides: list[str]) -> tuple[list, int]:
+    """Main parameters and the step of a run that has just been set up."""
+    with tiny_run(overrides) as (run, _, _):
+        return optimizer_shards(run.checkpointer, "param"), run.state.step
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_new_run_takes_the_weights_of_another(precision: str, tmp_path: Path) -> None:
+    run_ranks(save, 4, f"pp2_ep2 precision={precision}", str(tmp_path))
+    init = ["model.device_balance_factor=0.5", f"checkpoint.init_from={tmp_path}", f"run.dir={tmp_path}/new"]
+    before = run_ranks(weights, 1, [f"run.dir={tmp_path}", f"precision={precision}"])
+    after = run_ranks(weights, 2, [*init, "parallel=tp2_ep2", f"precision={precision}"])
+    expected, found = assemble([before[0][0]]), assemble([rank[0] for rank in after])
+    assert before[0][1] == 3
+    assert after[0][1] == 0
+    assert expected.keys() == found.keys()
+    for name in expected:
+        if precision == "bf16":  # main parameters start from the weights, which are theirs in bf16
+            expected[name] = torch.tensor(expected[name]).bfloat16().float().numpy()
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    run_ranks(save, 1, "single", str(tmp_path))
+    options = [f"checkpoint.init_from={tmp_path}", f"run.dir={tmp_path}/new", "model.router_topk=3"]
+    with pytest.raises(AssertionError, match=r"model.router_topk=3: .*step_00000003 has 2"):
+        run_ranks(weights, 1, options)

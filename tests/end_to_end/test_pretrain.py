@@ -76,6 +76,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     assert losses(tmp_path / "runs" / "cut") == whole
 
 
+def test_the_batch_grows_and_a_resumed_run_goes_on_growing(tmp_path: Path) -> None:
+    ramp = ["train.batch_ramp.start=4", "train.batch_ramp.increment=2", "train.batch_ramp.tokens=600"]
+    for arguments in (["run.name=whole"], ["run.name=cut", "train.exit_step=2"], ["run.name=cut", "parallel=dp2"]):
+        result = run_cli("pretrain.py", *SHORT, *ramp, "train.micro_batch_size=1", *arguments, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    whole, cut = (metrics_of(tmp_path / "runs" / name) for name in ("whole", "cut"))
+    # 2 increments over 18.75 sequences: 4 until 9.4, 6 until 18.75, then 8
+    assert [line["consumed_tokens"] for line in whole] == [4 * 32, 8 * 32, 12 * 32, 18 * 32]
+    assert [line["consumed_tokens"] for line in cut] == [line["consumed_tokens"] for line in whole]
+    assert losses(tmp_path / "runs" / "cut") == pytest.approx(losses(tmp_path / "runs" / "whole"), rel=1e-6)
+
+
 def test_a_run_cannot_change_its_model_on_the_way(tmp_path: Path) -> None:
     run_cli("pretrain.py", *SHORT, "run.name=a", "train.exit_step=1", cwd=tmp_path)
     result = run_cli("pretrain.py", *SHORT, "run.name=a", "model.rotary_base=500", "data.seed=2", cwd=tmp_path)

@@ -1,5 +1,6 @@
 """Composition: every file, every mistake."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,14 @@ def test_every_experiment_validates_but_for_the_data(path: Path, tmp_path: Path)
         (tmp_path / f"tokens{ending}").touch()
     config = compose_config([f"experiment={path.stem}", f"data.train=[{{path: {tmp_path}/tokens}}]"])
     validate(config, required_world_size(config.parallel))
+
+
+@pytest.mark.parametrize("path", sorted((CONF_DIR / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_number_of_a_recipe_says_where_it_comes_from(path: Path) -> None:
+    """All but when to save and evaluate, which are ours."""
+    for line in path.read_text().splitlines():
+        if re.search(r": *\[?[0-9]", line) and not re.search(r"^ +(save_)?interval:", line):
+            assert re.search(r"# .*([0-9]\.[0-9]|appendix|paper|derived)", line), line
 
 
 def test_composing_imports_no_torch() -> None:

@@ -2,9 +2,11 @@
 
 import pytest
 
-from megatron_moe.config.derived import num_micro_batches, required_world_size
-from megatron_moe.config.load import compose_config
+from megatron_moe.config.derived import batch_size, num_micro_batches, required_world_size, samples_before
+from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.schema import ParallelConfig
+from megatron_moe.plan.memory import memory_of_stage, stage_params, static_bytes
+from megatron_moe.plan.params import total_params
 from megatron_moe.plan.pipeline import even_layout, layers_of_stage, mcore_layout
 from megatron_moe.plan.placement import placements
 
@@ -68,3 +70,54 @@ def test_every_layer_and_expert_lies_somewhere_once() -> None:
         experts = [e for place in places if place.stage == stage for e in place.experts]
         assert experts == list(range(64))
     assert places[0].experts is None  # the first stage is the dense layer alone
+
+
+RAMP = ["train.batch_ramp.start=2", "train.batch_ramp.increment=2", "train.batch_ramp.tokens=10000"]
+
+
+def test_batch_ramp_is_linear_in_tokens() -> None:
+    """From 2 to 8 in 3 increments over 10,000 tokens of 128 a sequence: one increment every 26.04 sequences."""
+    config = compose_config(RAMP)
+    sizes = [batch_size(config, samples) for samples in range(100)]
+    assert sizes == [2] * 27 + [4] * 26 + [6] * 26 + [8] * 21
+    assert batch_size(compose_config([]), 0) == 8
+
+
+@pytest.mark.parametrize("options", [[], RAMP, [*RAMP, "train.batch_ramp.start=8"], ["experiment=deepseek_v2"]])
+def test_samples_before_adds_up_the_steps(options: list[str]) -> None:
+    config, samples = compose_config(options), 0
+    for step in range(3000):
+        if step % 7 == 0:
+            assert samples_before(config, step) == samples
+        samples += batch_size(config, samples)
+
+
+# experiment: GPUs that it is estimated to fit
+FITS = {
+    "deepseekmoe_2b": 1,
+    "deepseekmoe_16b": 64,
+    "deepseek_v2_lite": 64,
+    "deepseekmoe_142b_half": 512,
+    "deepseekmoe_145b": 512,
+    "deepseek_v2": 512,
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")))
+def test_recipes_fit_80_gb(name: str) -> None:
+    """With a tenth to spare for buffers and fragmentation."""
+    config = compose_config([f"experiment={name}"])
+    stages = config.parallel.pipeline_model_parallel_size
+    assert max(memory_of_stage(config, FITS[name], stage) for stage in range(stages)) < 0.9 * 80e9
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_stages_hold_the_whole_model(name: str) -> None:
+    config = compose_config([f"experiment={name}"])
+    stages = range(config.parallel.pipeline_model_parallel_size)
+    assert sum(sum(stage_params(config, stage)) for stage in stages) == total_params(config.model)
+
+
+def test_static_memory_is_18_bytes_a_parameter_on_one_gpu() -> None:
+    config = compose_config([])
+    assert static_bytes(config, 1, 0) == 18 * total_params(config.model)

@@ -2,7 +2,9 @@
 
 import pytest
 
+from megatron_moe.config.derived import samples_before
 from megatron_moe.config.load import compose_config
+from megatron_moe.config.schema import Config
 from megatron_moe.optim.scheduler import learning_rate
 
 
@@ -43,3 +45,17 @@ def test_factors_and_milestones_are_options() -> None:
     )
     rates = [learning_rate(config, step) / config.optimizer.lr for step in range(10)]
     assert rates == [1.0] * 7 + [0.5] * 3
+
+
+def test_deepseek_v2_decays_by_tokens() -> None:
+    """arXiv:2405.04434, 3.1.2: x 0.316 after about 60 % and 90 % of 8.1T tokens, of which 225B in smaller batches."""
+    config = compose_config(["experiment=deepseek_v2"])
+    for milestone, factor in ((0.6, 0.316), (0.9, 0.316**2)):
+        step = next(step for step in range(config.train.train_steps) if tokens(config, step) >= milestone * 8.1e12)
+        assert learning_rate(config, step - 2) == pytest.approx(2.4e-4 * factor / 0.316)
+        assert learning_rate(config, step + 2) == pytest.approx(2.4e-4 * factor)
+    assert tokens(config, config.train.train_steps) == pytest.approx(8.1e12, rel=1e-5)
+
+
+def tokens(config: Config, step: int) -> int:
+    return samples_before(config, step) * config.data.sequence_length

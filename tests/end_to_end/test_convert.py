@@ -38,14 +38,9 @@ def convert(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of pp2 x ep2, and what the command made of it."""
     folder = tmp_path_factory.mktemp("convert")
-    options = [
-        *TINY,
-        "model.vocab_size=320",
-        "parallel=pp2_ep2",
-        "train.train_steps=3",
-        f"evaluation.num_samples={NUM_VALID}",
-    ]
-    result = run_cli("pretrain.py", *options, "checkpoint.save_interval=2", "run.name=trained", cwd=folder)
+    options = [*TINY, "parallel=pp2_ep2", "model.vocab_size=320", f"evaluation.num_samples={NUM_VALID}"]
+    steps = ["train.train_steps=2", "checkpoint.save_interval=1", "run.name=trained"]
+    result = run_cli("pretrain.py", *options, *steps, cwd=folder)
     assert result.returncode == 0, result.stderr
     result = convert("export", "--run", "runs/trained", "--output", "exported", cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -68,7 +63,7 @@ def test_the_held_out_loss_is_that_of_training(runs: Path) -> None:
 
 
 def test_a_chosen_step_type_and_file_size(runs: Path) -> None:
-    arguments = ["--step", 2, "--dtype", "bf16", "--max-shard-size", "100KB", "--output", "small"]
+    arguments = ["--step", 1, "--dtype", "bf16", "--max-shard-size", "100KB", "--output", "small"]
     result = convert("export", "--run", "runs/trained", *arguments, cwd=runs)
     assert result.returncode == 0, result.stderr
     files = sorted(path.name for path in (runs / "small").glob("*.safetensors"))
@@ -295,7 +290,7 @@ def test_the_command_names_what_is_wrong(runs: Path, tmp_path: Path) -> None:
     ("run", "output", "options", "expected"),
     [
         ("runs", "out", {}, "runs: no checkpoints/step_NNNNNNNN in it"),
-        ("runs/trained", "out", {"step": 7}, "--step 7: .* has no checkpoint of it; there are: 2, 3"),
+        ("runs/trained", "out", {"step": 7}, "--step 7: .* has no checkpoint of it; there are: 1, 2"),
         ("runs/trained", "exported", {}, "exported: exists and is not empty"),
         ("runs/trained", "out", {"tokenizer": Path("none.json")}, "tokenizer none.json"),
     ],

@@ -62,6 +62,16 @@ def test_the_held_out_loss_is_that_of_training(runs: Path) -> None:
     assert loss == pytest.approx(metrics_of(runs / "runs" / "trained")[-1]["valid/lm_loss"], abs=1e-4)
 
 
+def test_the_readme_loads_it_with_plain_transformers(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(runs)
+    found: dict[str, Any] = {}
+    exec(code.replace("hf/NAME", "exported"), found)
+    tokens = torch.arange(24)[None]
+    expected = hugging_face.load(runs / "exported").model(tokens).last_hidden_state
+    torch.testing.assert_close(found["model"].eval()(tokens).last_hidden_state, expected, atol=1e-5, rtol=0)
+
+
 def test_a_chosen_step_type_and_file_size(runs: Path) -> None:
     arguments = ["--step", 1, "--dtype", "bf16", "--max-shard-size", "100KB", "--output", "small"]
     result = convert("export", "--run", "runs/trained", *arguments, cwd=runs)

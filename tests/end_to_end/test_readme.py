@@ -17,6 +17,7 @@ from tests.helpers.cli import ROOT, user_environment
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+FIRST_RUN = next(i for i, command in enumerate(COMMANDS) if command.startswith("python pretrain.py"))
 SHORTEN = "train.train_steps=2 evaluation.num_samples=8 train.micro_batch_size=1 data.sequence_length=32"
 
 
@@ -54,7 +55,7 @@ def test_the_readme_has_its_commands() -> None:
     "number", [i for i, c in enumerate(COMMANDS) if not c.startswith("make")], ids=lambda i: COMMANDS[i][:60]
 )
 def test_command(number: int, checkout: Path) -> None:
-    command = COMMANDS[number]
+    command = COMMANDS[number].replace("runs/NAME", f"runs/readme{FIRST_RUN}")
     if "pretrain.py" in command and "--cfg" not in command:
         command = f"{command} {SHORTEN} run.name=readme{number}"
     result = run(command, checkout)

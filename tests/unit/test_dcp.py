@@ -87,6 +87,7 @@ class Harmful:
 @pytest.mark.parametrize(
     "data",
     [pickle.dumps(Harmful()), pickle.dumps(Metadata({"x": Harmful()})), pickle.dumps(3), b"", b"garbage", b"\x80\x04."],
+    ids=["call", "nested", "number", "empty", "garbage", "cut"],
 )
 def test_an_index_runs_no_code(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

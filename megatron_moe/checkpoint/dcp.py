@@ -70,15 +70,15 @@ Window = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of a matrix (or vector) of ours: of one expert where a tensor stacks those of a layer."""
+    """Consecutive rows of a matrix (or vector) of ours: of that with number `index` where a tensor stacks several."""
 
-    expert: int | None
+    index: int | None
     first: int
     count: int
 
     def window(self, columns: tuple[int, ...]) -> Window:
         """Their place in the whole tensor, whose last dimensions are `columns`."""
-        leading = () if self.expert is None else (slice(self.expert, self.expert + 1),)
+        leading = () if self.index is None else (slice(self.index, self.index + 1),)
         return (*leading, slice(self.first, self.first + self.count), *(slice(0, size) for size in columns))
 
 
@@ -86,7 +86,7 @@ def pieces(rows: Rows, row_bytes: int) -> Iterator[Rows]:
     """The same rows in parts of at most `PIECE_BYTES`, each at least one row."""
     at_once = max(1, PIECE_BYTES // row_bytes)
     for first in range(0, rows.count, at_once):
-        yield Rows(rows.expert, rows.first + first, min(at_once, rows.count - first))
+        yield Rows(rows.index, rows.first + first, min(at_once, rows.count - first))
 
 
 class SavedTensors:
@@ -114,14 +114,14 @@ class SavedTensors:
         Raises:
             ConfigError: the checkpoint lacks some of them, or is damaged.
         """
-        window = rows.window(self.shape(key)[1 if rows.expert is None else 2 :])
+        window = rows.window(self.shape(key)[1 if rows.index is None else 2 :])
         out = torch.empty([part.stop - part.start for part in window], dtype=self.dtype(key))
         missing = out.numel()
         for chunk in self.tensors[key].chunks:
             missing -= self._copy_chunk(key, chunk, window, out)
         if missing:
             raise ConfigError(f"{self.folder}: {key}: {missing:,} values of rows {rows} were never saved")
-        return out if rows.expert is None else out[0]
+        return out if rows.index is None else out[0]
 
     def _copy_chunk(self, key: str, chunk: ChunkStorageMetadata, window: Window, out: torch.Tensor) -> int:
         """Copy what a chunk has of a window; returns how many values."""
@@ -130,7 +130,7 @@ class SavedTensors:
         if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
             return 0
         place = self._places[MetadataIndex(key, chunk.offsets)]
-        # A window has whole columns and at most one expert, so what a chunk has of it is contiguous there.
+        # A window has whole columns and at most one matrix of a stack, so what a chunk has of it is contiguous there.
         inside = [start - offset for start, offset in zip(starts, chunk.offsets, strict=True)]
         skipped = sum(i * math.prod(chunk.sizes[axis + 1 :]) for axis, i in enumerate(inside))
         part = torch.empty([stop - start for start, stop in zip(starts, stops, strict=True)], dtype=out.dtype)
@@ -237,23 +237,24 @@ class _TensorUnpickler(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor of a checkpoint to be written; three dimensions are the stacked matrices of experts.
+    """A tensor of a checkpoint to be written.
 
     Attributes:
+        stacked: whether the first dimension counts matrices (or vectors).
         aliases: other names of the same values.
     """
 
     key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    stacked: bool = False
     aliases: tuple[str, ...] = ()
 
     def chunks(self) -> Iterator[Rows]:
-        """The parts it is written in: by experts, and of at most `PIECE_BYTES`."""
-        stacked = len(self.shape) == 3
-        rows, *columns = self.shape[1:] if stacked else self.shape
-        for expert in range(self.shape[0]) if stacked else (None,):
-            yield from pieces(Rows(expert, 0, rows), math.prod(columns) * self.dtype.itemsize)
+        """The parts it is written in: of one matrix, and of at most `PIECE_BYTES`."""
+        rows, *columns = self.shape[1:] if self.stacked else self.shape
+        for index in range(self.shape[0]) if self.stacked else (None,):
+            yield from pieces(Rows(index, 0, rows), math.prod(columns) * self.dtype.itemsize)
 
 
 def write_checkpoint(
@@ -286,7 +287,7 @@ def _write_tensor(
     chunks = []
     names = (tensor.key, *tensor.aliases)
     for rows in tensor.chunks():
-        window = rows.window(tensor.shape[1 if rows.expert is None else 2 :])
+        window = rows.window(tensor.shape[1 if rows.index is None else 2 :])
         offsets = torch.Size(part.start for part in window)
         sizes = torch.Size(part.stop - part.start for part in window)
         place = _append(file, read(tensor.key, rows).view(sizes))

@@ -1,17 +1,18 @@
 """Names and shapes of Hugging Face's DeepSeek tensors, and where their rows are in megatron-core's. Pure.
 
 Both keep a matrix as [out, in], so that all differences are in rows: megatron-core puts the query, key and value rows
-of each head together, the gate above the up projection, and the same matrix of a layer's experts into one tensor.
+of each head together, the gate above the up projection, and the same matrix of a layer's experts (of a dense model: of
+all layers) into one stacked tensor.
 
 Source: the released checkpoints of deepseek-moe-16b-base and DeepSeek-V2-Lite; megatron-core 0.16.1, mlp.py (gate and
-up), attention.py (heads), multi_latent_attention.py.
+up), attention.py (heads), multi_latent_attention.py, transformer_block.py (equal layers are stacked).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_moe.config.derived import is_moe_layer
 from megatron_moe.config.schema import Attention, ModelConfig
@@ -28,12 +29,12 @@ NORM_NAMES = (
 
 @dataclass(frozen=True)
 class Place:
-    """Rows of a tensor of ours: `count` from `first` on, of one expert's matrix where the tensor stacks them."""
+    """Rows of a tensor of ours: `count` from `first` on, of matrix `index` where the tensor stacks several."""
 
     key: str
     first: int
     count: int
-    expert: int | None = None
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ def hf_tensors(model: ModelConfig) -> Iterator[HfTensor]:
     vocabulary = (model.vocab_size, model.hidden_size)
     yield _same("model.embed_tokens.weight", vocabulary, "embedding.word_embeddings.weight")
     for layer in range(model.num_layers):
-        yield from _layer(model, layer)
+        tensors = _layer(model, layer)
+        yield from tensors if model.num_experts else (_stacked(tensor, layer) for tensor in tensors)
     yield _same("model.norm.weight", (model.hidden_size,), "decoder.final_layernorm.weight")
     yield _same("lm_head.weight", vocabulary, "output_layer.weight")
 
@@ -134,25 +136,45 @@ def _same(name: str, shape: tuple[int, ...], key: str) -> HfTensor:
     return HfTensor(name, shape, (Place(key, 0, shape[0]),))
 
 
-def our_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """All tensors of ours; [num_experts, out, in] where a layer's experts are stacked."""
-    ends: dict[str, int] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+def _stacked(tensor: HfTensor, layer: int) -> HfTensor:
+    """A layer's tensor where all layers are equal."""
+    one, all_layers = f"decoder.layers.{layer}.", "decoder.layers."
+    places = (replace(p, key=p.key.replace(one, all_layers), index=layer) for p in tensor.places)
+    return replace(tensor, places=tuple(places))
+
+
+@dataclass(frozen=True)
+class OurTensor:
+    """A tensor of ours: the shape of a matrix (or vector), and how many are stacked, if they are."""
+
+    matrix: tuple[int, ...]
+    stack: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
+        return self.matrix if self.stack is None else (self.stack, *self.matrix)
+
+
+def our_tensors(model: ModelConfig) -> dict[str, OurTensor]:
+    """All tensors of ours, by name."""
+    found: dict[str, OurTensor] = {}
     for tensor in hf_tensors(model):
         for place in tensor.places:
-            ends[place.key] = max(ends.get(place.key, 0), place.first + place.count)
-            leading = () if place.expert is None else (model.num_experts,)
-            shapes[place.key] = (*leading, ends[place.key], *tensor.shape[1:])
-    return shapes
+            before = found.get(place.key)
+            rows = max(place.first + place.count, before.matrix[0] if before else 0)
+            stack = None if place.index is None else place.index + 1  # they come in order
+            found[place.key] = OurTensor((rows, *tensor.shape[1:]), stack)
+    return found
 
 
 def sources(model: ModelConfig) -> dict[tuple[str, int | None], list[Source]]:
-    """Of each matrix of ours, by name and expert, the rows of theirs that it is made of, from top to bottom."""
+    """Of each matrix of ours, by name and number in its stack, the rows of theirs that it is made of, in order."""
     found: dict[tuple[str, int | None], list[tuple[int, Source]]] = defaultdict(list)
     for tensor in hf_tensors(model):
         first = 0
         for place in tensor.places:
-            found[place.key, place.expert].append((place.first, Source(tensor.name, first, place.count)))
+            found[place.key, place.index].append((place.first, Source(tensor.name, first, place.count)))
             first += place.count
     return {matrix: [source for _, source in sorted(parts, key=lambda p: p[0])] for matrix, parts in found.items()}
 
@@ -169,11 +191,11 @@ def other_name(key: str) -> str | None:
 def extra_states(model: ModelConfig) -> list[str]:
     """Names of the empty extra states that megatron-core 0.16.1 keeps for each linear layer but the output layer."""
     names = []
-    for key, shape in our_shapes(model).items():
+    for key, tensor in our_tensors(model).items():
         module = key.removesuffix(".weight")
         if module.rpartition(".")[2] in ("linear_q_down_proj", "linear_kv_down_proj") or ".linear_" not in module:
             continue
         if key.endswith(".weight"):
-            count = shape[0] if len(shape) == 3 else 1
+            count = tensor.stack or 1
             names += [f"{module}._extra_state/shard_{number}_{count}" for number in range(count)]
     return names

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_moe.checkpoint.dcp import Rows, SavedTensors, pieces
-from megatron_moe.checkpoint.hf import HfTensor, hf_tensors, other_name, our_shapes
+from megatron_moe.checkpoint.hf import HfTensor, hf_tensors, other_name, our_tensors
 from megatron_moe.checkpoint.hf_config import to_hf_config
 from megatron_moe.checkpoint.hf_tokenizer import TokenizerFile, find_tokenizer
 from megatron_moe.checkpoint.run_folder import new_folder, read_json, saved_steps, write_json
@@ -63,7 +63,8 @@ def export_run(
     fields = _fields(config)
     vocabulary = find_tokenizer(run, tokenizer, config.model.vocab_size)
     saved = SavedTensors(checkpoint)
-    keys = _saved_names(saved, our_shapes(config.model))
+    shapes = {key: tensor.shape for key, tensor in our_tensors(config.model).items()}
+    keys = _saved_names(saved, shapes)
     tensors = {tensor.name: tensor for tensor in hf_tensors(config.model)}
     planned = [
         TensorToWrite(name, dtype or saved.dtype(keys[tensor.places[0].key]), tensor.shape)
@@ -135,7 +136,7 @@ def _rows(saved: SavedTensors, keys: dict[str, str], tensor: HfTensor) -> Iterat
     for place in tensor.places:
         key = keys[place.key]
         row_bytes = math.prod(tensor.shape[1:]) * saved.dtype(key).itemsize
-        for rows in pieces(Rows(place.expert, place.first, place.count), row_bytes):
+        for rows in pieces(Rows(place.index, place.first, place.count), row_bytes):
             yield saved.read(key, rows)
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from megatron_moe.checkpoint.dcp import NewTensor, Rows, write_checkpoint
-from megatron_moe.checkpoint.hf import Source, extra_states, hf_tensors, other_name, our_shapes, sources
+from megatron_moe.checkpoint.hf import Source, extra_states, hf_tensors, other_name, our_tensors, sources
 from megatron_moe.checkpoint.hf_config import from_hf_config
 from megatron_moe.checkpoint.hf_export import SHOWN, Summary
 from megatron_moe.checkpoint.hf_tokenizer import FILE, find_tokenizer
@@ -131,17 +131,18 @@ def _config(model: ModelConfig, fields: dict, output: Path, stored: dict[str, St
 def _new_tensors(model: ModelConfig, parts: Sources, stored: dict[str, StoredTensor]) -> list[NewTensor]:
     """The tensors of the checkpoint; norms under both names that megatron-core may ask for."""
     tensors = []
-    for key, shape in our_shapes(model).items():
-        source = parts[key, 0 if len(shape) == 3 else None][0]
+    for key, tensor in our_tensors(model).items():
+        stacked = tensor.stack is not None
+        source = parts[key, 0 if stacked else None][0]
         alias = other_name(key)
         dtype = TORCH_DTYPES[stored[source.name].dtype]
-        tensors.append(NewTensor(key, dtype, shape, () if alias is None else (alias,)))
+        tensors.append(NewTensor(key, dtype, tensor.shape, stacked, () if alias is None else (alias,)))
     return tensors
 
 
 def _reader(parts: Sources, stored: dict[str, StoredTensor]) -> Callable[[str, Rows], torch.Tensor]:
     def read(key: str, rows: Rows) -> torch.Tensor:
-        group = parts[key, rows.expert]
+        group = parts[key, rows.index]
         example = stored[group[0].name]
         out = torch.empty((rows.count, *example.shape[1:]), dtype=TORCH_DTYPES[example.dtype])
         end = rows.first + rows.count

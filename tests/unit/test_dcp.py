@@ -64,10 +64,10 @@ def test_what_was_never_saved_is_missed(tmp_path: Path) -> None:
 def test_torch_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dcp, "PIECE_BYTES", 24)
     wholes = {"matrix": torch.randn(7, 3), "experts": torch.randn(2, 5, 3).bfloat16(), "norm": torch.randn(9)}
-    tensors = [NewTensor(k, t.dtype, tuple(t.shape), (f"{k}_too",)) for k, t in wholes.items()]
+    tensors = [NewTensor(k, t.dtype, tuple(t.shape), t.dim() == 3, (f"{k}_too",)) for k, t in wholes.items()]
 
     def read(key: str, rows: Rows) -> torch.Tensor:
-        matrix = wholes[key] if rows.expert is None else wholes[key][rows.expert]
+        matrix = wholes[key] if rows.index is None else wholes[key][rows.index]
         return matrix[rows.first : rows.first + rows.count]
 
     write_checkpoint(tmp_path, tensors, ["x._extra_state/shard_0_1"], read)

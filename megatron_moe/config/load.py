@@ -101,17 +101,18 @@ def _suggestion(override: str) -> str:
     if (CONF_DIR / name).is_dir():
         choices = sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
         return f"; {name} is one of: {', '.join(choices)}"
-    options = _option_names(Config)
+    options = option_names(Config)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close and close[0] != name else ""
 
 
-def _option_names(schema: type, prefix: str = "") -> list[str]:
+def option_names(schema: type, prefix: str = "") -> list[str]:
+    """Every option of a schema, as group.option."""
     names = []
     for option in fields(schema):
         nested = option.default_factory
         is_group = isinstance(nested, type) and is_dataclass(nested)
-        names += _option_names(nested, f"{prefix}{option.name}.") if is_group else [f"{prefix}{option.name}"]
+        names += option_names(nested, f"{prefix}{option.name}.") if is_group else [f"{prefix}{option.name}"]
     return names
 
 

@@ -3,56 +3,20 @@
 from __future__ import annotations
 
 import copy
-import functools
-import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_moe.config.derived import (
     expert_tensor_parallel_size,
     model_parallel_size,
     num_chunks,
-    num_device_groups,
     required_world_size,
 )
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.schema import Attention, Config, DataKind, Routing
-
-POSITIVE = {
-    "model": (
-        "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels vocab_size expert_ffn_hidden_size "
-        "relative_expert_size num_device_groups device_limit device_capacity_factor kv_lora_rank q_lora_rank "
-        "qk_head_dim qk_pos_emb_head_dim v_head_dim init_method_std layernorm_epsilon rotary_base "
-        "routed_scaling_factor"
-    ),
-    "model.yarn": "rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow",
-    "parallel": (
-        "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-        "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
-        "timeout_minutes"
-    ),
-    "data": "sequence_length tokenizer_vocab_size valid_fraction",
-    "optimizer": "lr adam_eps clip_grad",
-    "train": "train_steps exit_step global_batch_size micro_batch_size",
-    "train.batch_ramp": "start increment tokens",
-    "evaluation": "interval num_samples",
-    "checkpoint": "save_interval keep_last",
-    "logger": "log_interval",
-}
-NOT_NEGATIVE = {
-    "model": (
-        "num_dense_layers num_experts num_shared_experts router_topk expert_balance_factor device_balance_factor "
-        "communication_balance_factor"
-    ),
-    "model.yarn": "mscale mscale_all_dim",
-    "optimizer": "weight_decay",
-    "scheduler": "warmup_steps decay_factor",
-    "train": "seed",
-    "data": "seed",
-}
-BELOW_ONE = {"model": "undropped_fraction", "optimizer": "adam_beta1 adam_beta2", "data": "valid_fraction"}
+from megatron_moe.config.model_rules import model_problems
+from megatron_moe.config.rules import divides, divisors, lookup, wrong_signs
+from megatron_moe.config.schema import Config, DataKind
 
 
 def validate(config: Config, launched: int | None) -> int:
@@ -68,7 +32,7 @@ def validate(config: Config, launched: int | None) -> int:
     Raises:
         ConfigError: with one line per problem: option, value, rule, what would work.
     """
-    of_wrong_sign = dict(_wrong_signs(config))
+    of_wrong_sign = dict(wrong_signs(config))
     if of_wrong_sign:
         config = _with_ones(config, of_wrong_sign)  # so that the rules below can divide
     problems = [*of_wrong_sign.values()]
@@ -82,7 +46,7 @@ def validate(config: Config, launched: int | None) -> int:
 
 
 def _rule_problems(config: Config, world_size: int) -> Iterator[str]:
-    for rule in (_run, _model, _data, _schedule):
+    for rule in (_run, model_problems, _data, _schedule):
         yield from rule(config)
     misplaced = [*_placement(config), *_pipeline(config)]
     yield from misplaced
@@ -94,37 +58,8 @@ def _with_ones(config: Config, options: Iterable[str]) -> Config:
     config = copy.deepcopy(config)
     for option in options:
         group, _, name = option.rpartition(".")
-        setattr(_lookup(config, group), name, 1)
+        setattr(lookup(config, group), name, 1)
     return config
-
-
-def divisors(number: int) -> str:
-    """All divisors of a number, as text."""
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
-
-
-def _wrong_signs(config: Config) -> Iterator[tuple[str, str]]:
-    """Options of the wrong sign, and what is wrong with them."""
-    for table, is_wrong, rule in (
-        (POSITIVE, lambda value: not 0 < value < math.inf, "must be positive"),
-        (NOT_NEGATIVE, lambda value: not 0 <= value < math.inf, "must not be negative"),
-        (BELOW_ONE, lambda value: not 0 <= value < 1, "must be at least 0 and below 1"),
-    ):
-        for group, names in table.items():
-            for name in names.split():
-                value = getattr(_lookup(config, group), name)
-                if value is not None and is_wrong(value):
-                    yield f"{group}.{name}", f"{group}.{name}={value}: {rule}"
-
-
-def _divides(config: Config, part: str, whole: str) -> Iterator[str]:
-    part_value, whole_value = (_lookup(config, name) for name in (part, whole))
-    if whole_value % part_value:
-        yield f"{part}={part_value}: must divide {whole}={whole_value}; possible: {divisors(whole_value)}"
-
-
-def _lookup(config: Config, name: str) -> Any:
-    return functools.reduce(getattr, name.split("."), config)
 
 
 def _run(config: Config) -> Iterator[str]:
@@ -135,101 +70,11 @@ def _run(config: Config) -> Iterator[str]:
         )
 
 
-def _model(config: Config) -> Iterator[str]:
-    model = config.model
-    rotary = "kv_channels" if model.attention is Attention.mha else "qk_pos_emb_head_dim"
-    if getattr(model, rotary) % 2:
-        yield f"model.{rotary}={getattr(model, rotary)}: must be even, rotary embedding turns pairs"
-    if model.yarn.rotary_scaling_factor is not None and model.attention is Attention.mha:
-        yield (
-            f"model.yarn.rotary_scaling_factor={model.yarn.rotary_scaling_factor}: only model.attention=mla has YaRN; "
-            "set it to null"
-        )
-    if model.num_dense_layers > model.num_layers:
-        yield f"model.num_dense_layers={model.num_dense_layers}: there are only model.num_layers={model.num_layers}"
-    elif model.num_experts == 0:
-        yield from _dense_model(config)
-    elif model.num_dense_layers == model.num_layers:
-        yield (
-            f"model.num_dense_layers={model.num_dense_layers}: must be below model.num_layers={model.num_layers}, "
-            "or no layer has experts; a dense model has model.num_experts=0"
-        )
-    else:
-        yield from _experts(config)
-        yield from _device_groups(config)
-
-
-def _dense_model(config: Config) -> Iterator[str]:
-    model = config.model
-    if model.num_dense_layers < model.num_layers:
-        yield (
-            f"model.num_experts=0: needs model.num_dense_layers={model.num_layers} (all layers of a dense model), "
-            f"not {model.num_dense_layers}"
-        )
-        return
-    names = (
-        "num_shared_experts router_topk expert_balance_factor device_balance_factor communication_balance_factor "
-        "device_limit device_capacity_factor"
-    )
-    for name in names.split():
-        if value := getattr(model, name):
-            default = "null" if name in ("device_limit", "device_capacity_factor") else 0
-            yield f"model.{name}={value}: must be {default} with model.num_experts=0"
-    if config.parallel.expert_model_parallel_size > 1:
-        yield (
-            f"parallel.expert_model_parallel_size={config.parallel.expert_model_parallel_size}: must be 1, "
-            "no layer has experts"
-        )
-
-
-def _experts(config: Config) -> Iterator[str]:
-    model = config.model
-    if not 1 <= model.router_topk <= model.num_experts:
-        yield f"model.router_topk={model.router_topk}: must be from 1 to model.num_experts={model.num_experts}"
-    if model.routing is Routing.hash:
-        if model.router_topk != 1:
-            yield f"model.router_topk={model.router_topk}: model.routing=hash sends a token to 1 expert"
-        names = (
-            "expert_balance_factor device_balance_factor communication_balance_factor device_limit "
-            "device_capacity_factor"
-        )
-        for name in names.split():
-            if value := getattr(model, name):
-                yield f"model.{name}={value}: model.routing=hash has no affinities to balance, limit or drop by"
-
-
-def _device_groups(config: Config) -> Iterator[str]:
-    model = config.model
-    groups = num_device_groups(model, config.parallel)
-    if model.num_device_groups is not None:
-        yield from _divides(config, "model.num_device_groups", "model.num_experts")
-    if model.communication_balance_factor and model.device_limit is None:
-        yield (
-            f"model.communication_balance_factor={model.communication_balance_factor}: needs model.device_limit, "
-            "the number of devices that it is relative to"
-        )
-    if model.device_limit is not None and model.num_experts % groups == 0:
-        within = model.device_limit * model.num_experts // groups
-        if model.device_limit > groups:
-            yield f"model.device_limit={model.device_limit}: there are only {groups} device groups"
-        elif within < model.router_topk:
-            yield (
-                f"model.device_limit={model.device_limit}: {model.device_limit} of {groups} device groups hold "
-                f"{within} experts, fewer than model.router_topk={model.router_topk}"
-            )
-    if model.device_capacity_factor is not None and config.parallel.context_parallel_size > 1:
-        yield (
-            f"model.device_capacity_factor={model.device_capacity_factor}: not with "
-            f"parallel.context_parallel_size={config.parallel.context_parallel_size}, whose ranks would each drop by "
-            "their own part of a sequence; set it to null"
-        )
-
-
 def _placement(config: Config) -> Iterator[str]:
     if config.model.num_experts:
-        yield from _divides(config, "parallel.expert_model_parallel_size", "model.num_experts")
+        yield from divides(config, "parallel.expert_model_parallel_size", "model.num_experts")
     for whole in ("num_attention_heads", "vocab_size", "ffn_hidden_size"):
-        yield from _divides(config, "parallel.tensor_model_parallel_size", f"model.{whole}")
+        yield from divides(config, "parallel.tensor_model_parallel_size", f"model.{whole}")
     yield from _expert_placement(config)
     tensor = config.parallel.tensor_model_parallel_size
     context = config.parallel.context_parallel_size

@@ -140,6 +140,8 @@ def open_indexed(prefix: str) -> IndexedDataset:
     """
     header = Struct("<9sQBQQ")  # magic, version, type of the ids, sequences, document boundaries
     index, ids = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    if missing := [str(path) for path in (index, ids) if not path.is_file()]:
+        raise ConfigError(f"{prefix}: no such file: {', '.join(missing)}")
     with index.open("rb") as file:
         start = file.read(header.size)
     if len(start) < header.size or not start.startswith(b"MMIDIDX"):

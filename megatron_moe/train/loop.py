@@ -21,8 +21,9 @@ from megatron_moe.model.build import build_model
 from megatron_moe.optim.optimizer import build_optimizer, set_learning_rate
 from megatron_moe.optim.scheduler import learning_rate
 from megatron_moe.train.evaluate import held_out_loss, round_up
-from megatron_moe.train.report import print_start, step_metrics, write_run_files
+from megatron_moe.train.report import print_start, write_run_files
 from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
+from megatron_moe.train.step_metrics import step_metrics
 
 
 @dataclass(frozen=True)

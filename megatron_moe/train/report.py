@@ -1,4 +1,4 @@
-"""What a person sees of a run: facts at the start, numbers at each logged step."""
+"""What a person sees of a run before its first step, and the record of what it was started with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 import yaml
@@ -30,14 +29,11 @@ from megatron_moe.config.derived import (
 from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
 from megatron_moe.data.dataset import tokenizer_file
 from megatron_moe.distributed.context import DistributedContext
-from megatron_moe.metrics.routing import device_load, max_violation, relative
-from megatron_moe.model.build import routers
 from megatron_moe.model.layer_spec import use_transformer_engine
-from megatron_moe.model.router import BALANCE_LOSSES
 from megatron_moe.plan.flops import paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
 from megatron_moe.plan.placement import Placement, placements
-from megatron_moe.train.step import StepResult
+from megatron_moe.train.step_metrics import memory_gib
 
 PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wandb")
 
@@ -45,7 +41,8 @@ PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wand
 def write_run_files(config: Config, overrides: list[str]) -> None:
     """Leave the resolved configuration, the overrides, the versions and the tokenizer in the run's folder."""
     folder = Path(config.run.dir)
-    if (tokenizer := tokenizer_file(config)) is not None:
+    tokenizer = tokenizer_file(config)
+    if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
     environment = {
@@ -151,7 +148,7 @@ def _balance_text(config: Config) -> str:
 
 def print_start(config: Config, context: DistributedContext, model: list[DistributedDataParallel]) -> None:
     """Print the facts, the placement and each rank's memory; on all ranks, as it gathers."""
-    here = (sum(p.numel() for chunk in model for p in chunk.parameters()), _memory_gib(context.device))
+    here = (sum(p.numel() for chunk in model for p in chunk.parameters()), memory_gib(context.device))
     everywhere: list[Any] = [None] * context.world_size
     dist.all_gather_object(everywhere, here)
     if not context.is_main:
@@ -193,72 +190,3 @@ def _spans(numbers: list[int]) -> list[str]:
         else:
             spans.append([number, number])
     return [_span(first, last) for first, last in spans]
-
-
-def _memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
-def step_metrics(
-    config: Config, context: DistributedContext, model: list[DistributedDataParallel], result: StepResult
-) -> dict[str, Any]:
-    """The step's numbers over all ranks; on all ranks, as it reduces.
-
-    Returns:
-        Metrics by name; of routing only where there are experts. Balance losses are with their factors, summed over
-        layers. `moe/expert_load` and `moe/device_load` are lists by MoE layer of the load over the mean.
-    """
-    loss = result.loss.clone()
-    dist.all_reduce(loss)
-    return {
-        "train/lm_loss": (loss[0] / loss[1]).item(),
-        "train/grad_norm": float(result.grad_norm),
-        **(_routing_metrics(config, context, model, result) if config.model.num_experts else {}),
-        "memory/rank0_gib": _memory_gib(context.device),
-    }
-
-
-def _routing_metrics(
-    config: Config, context: DistributedContext, model: list[DistributedDataParallel], result: StepResult
-) -> dict[str, Any]:
-    moe_layers = range(config.model.num_dense_layers, config.model.num_layers)
-    tokens, losses, dropped = _routing_sums(config, model, moe_layers, context.device)
-    for values in (tokens, losses, dropped):
-        dist.all_reduce(values)
-    replicas = data_parallel_size(config.parallel, context.world_size)
-    losses = losses.sum(dim=0) / (replicas * result.num_micro_batches)
-    devices = device_load(tokens, num_device_groups(config.model, config.parallel))
-    violations = max_violation(tokens)
-    return {
-        **{f"train/{name}_balance_loss": loss for name, loss in zip(BALANCE_LOSSES, losses.tolist(), strict=True)},
-        "moe/max_violation": violations.max().item(),
-        "moe/max_device_violation": max_violation(devices).max().item(),
-        "moe/dropped_fraction": (dropped.sum() / tokens.sum()).item(),
-        **{
-            f"moe/layer_{layer}/max_violation": violation
-            for layer, violation in zip(moe_layers, violations.tolist(), strict=True)
-        },
-        "moe/expert_load": _rounded(relative(tokens)),
-        "moe/device_load": _rounded(relative(devices)),
-    }
-
-
-def _rounded(loads: torch.Tensor) -> list[list[float]]:
-    return [[round(load, 4) for load in layer] for layer in loads.tolist()]
-
-
-def _routing_sums(
-    config: Config, model: list[DistributedDataParallel], moe_layers: range, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This rank's tokens per expert [layers, experts], balance losses [layers, 3] and dropped selections [layers]."""
-    tokens = torch.zeros(len(moe_layers), config.model.num_experts, device=device)
-    losses = torch.zeros(len(moe_layers), len(BALANCE_LOSSES), device=device)
-    dropped = torch.zeros(len(moe_layers), device=device)
-    for router in routers(model):
-        row = router.layer_number - 1 - moe_layers.start
-        tokens[row] = router.counters.tokens_per_expert
-        losses[row] = router.counters.balance_losses
-        dropped[row] = router.counters.dropped
-    return tokens, losses, dropped

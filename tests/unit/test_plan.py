@@ -5,7 +5,7 @@ import pytest
 from megatron_moe.config.derived import batch_size, num_micro_batches, required_world_size, samples_before
 from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.schema import ParallelConfig
-from megatron_moe.plan.memory import memory_of_stage, stage_params, static_bytes
+from megatron_moe.plan.memory import stage_params, static_bytes
 from megatron_moe.plan.params import total_params
 from megatron_moe.plan.pipeline import even_layout, layers_of_stage, mcore_layout
 from megatron_moe.plan.placement import placements
@@ -92,26 +92,7 @@ def test_samples_before_adds_up_the_steps(options: list[str]) -> None:
         samples += batch_size(config, samples)
 
 
-# experiment: GPUs that it is estimated to fit
-FITS = {
-    "deepseekmoe_2b": 1,
-    "deepseekmoe_16b": 64,
-    "deepseek_v2_lite": 64,
-    "deepseekmoe_142b_half": 512,
-    "deepseekmoe_145b": 512,
-    "deepseek_v2": 512,
-}
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")))
-def test_recipes_fit_80_gb(name: str) -> None:
-    """With a tenth to spare for buffers and fragmentation."""
-    config = compose_config([f"experiment={name}"])
-    stages = config.parallel.pipeline_model_parallel_size
-    assert max(memory_of_stage(config, FITS[name], stage) for stage in range(stages)) < 0.9 * 80e9
-
-
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONF_DIR / "experiment").glob("*.yaml"))])
 def test_stages_hold_the_whole_model(name: str) -> None:
     config = compose_config([f"experiment={name}"])
     stages = range(config.parallel.pipeline_model_parallel_size)

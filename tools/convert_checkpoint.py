@@ -60,8 +60,8 @@ def convert(args: argparse.Namespace) -> str:
     """Convert; returns what to tell the user."""
     import torch
 
-    from megatron_moe.checkpoint.hf_export import export_run
-    from megatron_moe.checkpoint.hf_import import import_model
+    from megatron_moe.hugging_face.exporter import export_run
+    from megatron_moe.hugging_face.importer import import_model
 
     torch.set_num_threads(1)  # nothing is computed, and each thread reserves memory
     if args.command == "export":

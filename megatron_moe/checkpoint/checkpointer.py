@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 
+from megatron_moe.checkpoint.run_folder import find_checkpoint, plain, read_json, saved_config, saved_steps
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import Config, ModelConfig
 from megatron_moe.optim.optimizer import load_state
 
@@ -103,11 +101,11 @@ class Checkpointer:
         saved = saved_steps(self.folder)
         if not saved:
             if self.config.checkpoint.init_from is not None:
-                load_weights(self.model, newest_checkpoint(Path(self.config.checkpoint.init_from)), self.config.model)
+                load_weights(self.model, find_checkpoint(Path(self.config.checkpoint.init_from)), self.config.model)
                 self.optimizer.reload_model_params()
             return TrainState(), []
-        description = read_description(saved[-1])
-        check_same_run(description["config"], self.config)
+        description, saved_options = read_json(saved[-1] / "state.json"), plain(saved_config(saved[-1]))
+        check_same_run(saved_options, self.config)
         same_ranks = description["world_size"] == dist.get_world_size()
         request = self.sharded_state_dict(is_loading=True, with_rng=same_ranks)
         loaded = dist_checkpointing.load(request, str(saved[-1]))
@@ -118,7 +116,7 @@ class Checkpointer:
         if same_ranks:
             torch.set_rng_state(loaded["rng"].view(-1))
         state = TrainState(description["step"], description["consumed_samples"])
-        return state, changed_options(description["config"], self.config)
+        return state, changed_options(saved_options, self.config)
 
     def sharded_state_dict(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
         """This rank's tensors with their names and places in the whole model."""
@@ -150,7 +148,7 @@ def load_weights(model: list[torch.nn.Module], checkpoint: Path, expected: Model
     Raises:
         ConfigError: the checkpoint is of another architecture.
     """
-    saved, wanted = read_description(checkpoint)["config"]["model"], plain(expected)
+    saved, wanted = plain(saved_config(checkpoint).model), plain(expected)
     problems = [
         f"model.{name}={wanted[name]}: {checkpoint} has {saved[name]}"
         for name in wanted
@@ -170,34 +168,6 @@ def _named_chunks(model: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Modu
     if len(chunks) == 1:
         return [("model", chunks[0])]
     return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The newest checkpoint of a run, or of an imported model.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    saved = saved_steps(run / "checkpoints")
-    if not saved:
-        raise ConfigError(f"{run}: holds no checkpoint (a folder checkpoints/step_NNNNNNNN)")
-    return saved[-1]
-
-
-def read_description(checkpoint: Path) -> dict[str, Any]:
-    """What `state.json` says: step, consumed_samples, world_size and config, with defaults for options added since."""
-    description = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    return {**description, "config": plain(from_plain(description["config"]))}
-
-
-def saved_steps(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
-
-
-def plain(config: Config | ModelConfig) -> dict[str, Any]:
-    """A configuration as JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=_enum_value))
 
 
 def check_same_run(saved: dict[str, Any], config: Config) -> None:
@@ -238,7 +208,3 @@ def _lookup(config: dict[str, Any], name: str) -> Any:
     for key in name.split("."):
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def _enum_value(value: Enum) -> Any:
-    return value.value

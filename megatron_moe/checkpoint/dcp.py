@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_moe.checkpoint.safetensors_io import read_into
 from megatron_moe.config.errors import ConfigError
 
 PIECE_BYTES = 8 * 2**20  # held at a time
@@ -142,6 +141,22 @@ class SavedTensors:
         target = (slice(a - w.start, b - w.start) for a, b, w in zip(starts, stops, window, strict=True))
         out[tuple(target)] = part
         return part.numel()
+
+
+def read_into(path: Path, offset: int, out: torch.Tensor) -> None:
+    """Fill a contiguous tensor with a file's bytes from `offset` on.
+
+    Raises:
+        ConfigError: the file ends before.
+    """
+    buffer = memoryview(out.view(torch.uint8).numpy()).cast("B")
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while buffer:
+            count = file.readinto(buffer)
+            if not count:
+                raise ConfigError(f"{path}: ends within a tensor")
+            buffer = buffer[count:]
 
 
 def _read_index(path: Path) -> Metadata:

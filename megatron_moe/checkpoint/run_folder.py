@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.schema import Config
+from megatron_moe.config.load import from_plain
+from megatron_moe.config.schema import Config, ModelConfig
 
 
 def saved_steps(folder: Path) -> list[Path]:
@@ -21,7 +22,34 @@ def saved_steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
-def plain(config: Config) -> dict[str, Any]:
+def find_checkpoint(run: Path, step: int | None = None) -> Path:
+    """The newest checkpoint of a run or of an imported model, or that of a step.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    saved = saved_steps(run / "checkpoints")
+    if not saved:
+        raise ConfigError(f"{run}: no checkpoints/step_NNNNNNNN in it; give the folder of a run")
+    if step is None:
+        return saved[-1]
+    found = [path for path in saved if int(path.name.removeprefix("step_")) == step]
+    if not found:
+        steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in saved)
+        raise ConfigError(f"--step {step}: {run} has no checkpoint of it; there are: {steps}")
+    return found[0]
+
+
+def saved_config(checkpoint: Path) -> Config:
+    """The configuration that a checkpoint was saved with; options added since have their defaults.
+
+    Raises:
+        ConfigError: there is none, or it is of another version.
+    """
+    return from_plain(read_json(checkpoint / "state.json").get("config", {}))
+
+
+def plain(config: Config | ModelConfig) -> dict[str, Any]:
     """A configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=_enum_value))
 

@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe.checkpoint.checkpointer import plain
+from megatron_moe.checkpoint.run_folder import plain
 from megatron_moe.config.derived import (
     batch_size,
     data_parallel_size,

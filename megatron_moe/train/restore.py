@@ -13,7 +13,8 @@ from megatron.core.transformer.module import Float16Module
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from megatron_moe.checkpoint.checkpointer import load_weights, newest_checkpoint
+from megatron_moe.checkpoint.checkpointer import load_weights
+from megatron_moe.checkpoint.run_folder import find_checkpoint
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import Config, ParallelConfig
@@ -57,7 +58,7 @@ def restored(folder: Path) -> Iterator[RestoredRun]:
         ConfigError: the folder is no run, or holds no checkpoint.
     """
     config = read_config(folder)
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = find_checkpoint(folder)
     with distributed(config.parallel) as context:
         mcore_config = transformer_config(config, grouped_gemm=use_transformer_engine())
         model = build_chunks(config, mcore_config, context.pg_collection, context.device)

@@ -74,7 +74,8 @@ def save_often(folder: str) -> None:
 
 
 def test_configurations_compare_by_option() -> None:
-    from megatron_moe.checkpoint.checkpointer import check_same_run, plain
+    from megatron_moe.checkpoint.checkpointer import check_same_run
+    from megatron_moe.checkpoint.run_folder import plain
     from megatron_moe.config.errors import ConfigError
 
     saved = plain(tiny_config())

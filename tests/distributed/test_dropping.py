@@ -12,10 +12,9 @@ DEVICES, LIMIT, TOPK, UNDROPPED = 4, 2, 3, 0.3  # of DEEPSEEK_V2_ROUTING
 
 def routed(overrides: list[str]) -> tuple[list[torch.Tensor], list[torch.Tensor], float]:
     """On each rank, of one step: what was selected and kept, by forward [s, b, e]; and the fraction dropped."""
-    from megatron_moe.train.step_metrics import step_metrics
-
     from megatron_moe.model.router import DeepSeekMoERouter
     from megatron_moe.train.step import train_step
+    from megatron_moe.train.step_metrics import step_metrics
 
     selected, kept = [], []
 

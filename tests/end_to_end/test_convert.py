@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from megatron_moe.checkpoint.dcp import Rows, SavedTensors
-from megatron_moe.checkpoint.hf_export import export_run
-from megatron_moe.checkpoint.hf_import import import_model
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.data.dataset import build_datasets
 from megatron_moe.data.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, train_tokenizer
+from megatron_moe.hugging_face.exporter import export_run
+from megatron_moe.hugging_face.importer import import_model
 from tests.helpers import hugging_face
 from tests.helpers.cli import ROOT, metrics_of, run_cli, user_environment
 from tests.helpers.ranks import run_ranks
@@ -115,18 +115,19 @@ def loaded_shards(overrides: list[str], folder: Path) -> list:
     """On each rank: its part of every tensor after loading an imported model."""
     import os
 
-    from megatron_moe.checkpoint.checkpointer import load_weights, newest_checkpoint
+    from megatron_moe.checkpoint.checkpointer import load_weights
+    from megatron_moe.checkpoint.run_folder import find_checkpoint
     from megatron_moe.config.load import compose_config, from_plain
     from megatron_moe.distributed.context import distributed
     from megatron_moe.model.build import build_chunks, sharded_tensors
     from megatron_moe.model.transformer_config import transformer_config
 
-    saved = json.loads((newest_checkpoint(folder) / "state.json").read_text())["config"]
+    saved = json.loads((find_checkpoint(folder) / "state.json").read_text())["config"]
     config = from_plain(saved)
     config.parallel = compose_config(overrides).parallel
     with distributed(config.parallel, init_method=os.environ["MEGATRON_MOE_INIT_METHOD"]) as context:
         model = build_chunks(config, transformer_config(config), context.pg_collection, context.device)
-        load_weights(model, newest_checkpoint(folder), config.model)
+        load_weights(model, find_checkpoint(folder), config.model)
         shards = [shard for chunk in model for shard in sharded_tensors(chunk.sharded_state_dict())]
         return [(s.key, s.global_shape, s.global_offset, s.data.detach().numpy().copy()) for s in shards]
 

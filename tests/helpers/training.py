@@ -66,12 +66,11 @@ def tiny_run(overrides: list[str]) -> Iterator[tuple[Any, list, int]]:
 
 def train_tiny(overrides: list[str], steps: int = 20) -> dict[str, Any]:
     """On each rank: the metrics of each step, the first step's gradients, and the held-out loss."""
-    from megatron_moe.train.step_metrics import step_metrics
-
     from megatron_moe.optim.optimizer import set_learning_rate
     from megatron_moe.optim.scheduler import learning_rate
     from megatron_moe.train.evaluate import held_out_loss, round_up
     from megatron_moe.train.step import train_step
+    from megatron_moe.train.step_metrics import step_metrics
 
     with tiny_run(["run.dir=without_checkpoints", *overrides]) as (run, batches, num_micro_batches):
         metrics, gradients = [], []

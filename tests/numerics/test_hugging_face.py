@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_moe.checkpoint.hf_export import export_run
-from megatron_moe.checkpoint.hf_import import import_model
+from megatron_moe.hugging_face.exporter import export_run
+from megatron_moe.hugging_face.importer import import_model
 from tests.helpers import hugging_face
 from tests.helpers.hugging_face import V1, V1_DENSE, V2, V2_LITE, V2_YARN
 from tests.helpers.ranks import run_ranks
@@ -29,7 +29,8 @@ def our_logits(folder: Path) -> dict[str, list[torch.Tensor]]:
 
     from megatron.core import dist_checkpointing
 
-    from megatron_moe.checkpoint.checkpointer import load_weights, newest_checkpoint, plain
+    from megatron_moe.checkpoint.checkpointer import load_weights
+    from megatron_moe.checkpoint.run_folder import find_checkpoint, plain
     from megatron_moe.distributed.context import distributed
     from megatron_moe.model.build import build_model
     from megatron_moe.train.restore import read_config
@@ -46,7 +47,7 @@ def our_logits(folder: Path) -> dict[str, list[torch.Tensor]]:
             checkpoint.mkdir(parents=True)
             dist_checkpointing.save({"model": model.sharded_state_dict()}, str(checkpoint))
             (checkpoint / "state.json").write_text(json.dumps({"config": plain(config)}))
-            load_weights([model], newest_checkpoint(folder / f"imported{seed}"), config.model)
+            load_weights([model], find_checkpoint(folder / f"imported{seed}"), config.model)
             found[f"imported{seed}"] = forward(model)
     return found
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ORDER = ["config", "plan", "distributed", "metrics", "model", "data", "optim", "checkpoint", "train"]
+ORDER = ["config", "plan", "distributed", "metrics", "model", "data", "optim", "checkpoint", "hugging_face", "train"]
 MODULES = sorted((ROOT / "megatron_moe").rglob("*.py"))
 # What a command line needs before it is known to be right.
 WITHOUT_TORCH = [*(ROOT / "megatron_moe/config").glob("*.py"), *(ROOT / "megatron_moe/plan").glob("*.py")]

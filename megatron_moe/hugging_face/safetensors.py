@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatron_moe.checkpoint.dcp import read_into
 from megatron_moe.config.errors import ConfigError
 
 ITEM_SIZES = {
@@ -43,22 +44,6 @@ class StoredTensor:
         """Fill `out`, [rows, ...], with the rows from `first` on."""
         row_bytes = math.prod(self.shape[1:]) * ITEM_SIZES[self.dtype]
         read_into(self.path, self.offset + first * row_bytes, out)
-
-
-def read_into(path: Path, offset: int, out: torch.Tensor) -> None:
-    """Fill a contiguous tensor with a file's bytes from `offset` on.
-
-    Raises:
-        ConfigError: the file ends before.
-    """
-    buffer = memoryview(out.view(torch.uint8).numpy()).cast("B")
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while buffer:
-            count = file.readinto(buffer)
-            if not count:
-                raise ConfigError(f"{path}: ends within a tensor")
-            buffer = buffer[count:]
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -13,16 +13,16 @@ import torch
 import yaml
 
 from megatron_moe.checkpoint.dcp import NewTensor, Rows, write_checkpoint
-from megatron_moe.checkpoint.hf import Source, extra_states, hf_tensors, other_name, our_tensors, sources
-from megatron_moe.checkpoint.hf_config import from_hf_config
-from megatron_moe.checkpoint.hf_export import SHOWN, Summary
-from megatron_moe.checkpoint.hf_tokenizer import FILE, find_tokenizer
 from megatron_moe.checkpoint.run_folder import new_folder, plain, read_json, write_json
-from megatron_moe.checkpoint.safetensors_io import TORCH_DTYPES, StoredTensor, open_folder
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.schema import Config, Dtype, ModelConfig, PrecisionConfig, RunConfig
 from megatron_moe.config.validate import validate
+from megatron_moe.hugging_face.config import from_hf_config
+from megatron_moe.hugging_face.exporter import SHOWN, Summary
+from megatron_moe.hugging_face.names import Source, extra_states, hf_tensors, other_name, our_tensors, sources
+from megatron_moe.hugging_face.safetensors import TORCH_DTYPES, StoredTensor, open_folder
+from megatron_moe.hugging_face.tokenizer import FILE, find_tokenizer
 
 IGNORED = ".rotary_emb.inv_freq"  # follows from rope_theta; older files hold it
 EMBEDDING = "model.embed_tokens.weight"

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron_moe.checkpoint.hf import extra_states, hf_tensors, other_name, our_tensors, sources
-from megatron_moe.checkpoint.hf_config import from_hf_config, to_hf_config
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.schema import ModelConfig, YarnConfig
+from megatron_moe.hugging_face.config import from_hf_config, to_hf_config
+from megatron_moe.hugging_face.names import extra_states, hf_tensors, other_name, our_tensors, sources
 from megatron_moe.plan.params import total_params
 
 # deepseek-ai/deepseek-moe-16b-base/config.json, whole.

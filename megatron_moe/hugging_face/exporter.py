@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from megatron_moe.checkpoint.dcp import Rows, SavedTensors, pieces
-from megatron_moe.checkpoint.hf import HfTensor, hf_tensors, other_name, our_tensors
-from megatron_moe.checkpoint.hf_config import to_hf_config
-from megatron_moe.checkpoint.hf_tokenizer import TokenizerFile, find_tokenizer
-from megatron_moe.checkpoint.run_folder import new_folder, read_json, saved_steps, write_json
-from megatron_moe.checkpoint.safetensors_io import NAMES, TensorToWrite, write_folder
+from megatron_moe.checkpoint.run_folder import find_checkpoint, new_folder, saved_config, write_json
 from megatron_moe.config.derived import num_device_groups
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import Config
+from megatron_moe.hugging_face.config import to_hf_config
+from megatron_moe.hugging_face.names import HfTensor, hf_tensors, other_name, our_tensors
+from megatron_moe.hugging_face.safetensors import NAMES, TensorToWrite, write_folder
+from megatron_moe.hugging_face.tokenizer import TokenizerFile, find_tokenizer
 
 TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SHOWN = 3  # names in an error
@@ -59,7 +58,7 @@ def export_run(
         ConfigError: there is no such checkpoint, or Hugging Face has no such model.
     """
     checkpoint = find_checkpoint(run, step)
-    config = from_plain(read_json(checkpoint / "state.json").get("config", {}))
+    config = saved_config(checkpoint)
     fields = _fields(config)
     vocabulary = find_tokenizer(run, tokenizer, config.model.vocab_size)
     saved = SavedTensors(checkpoint)
@@ -84,24 +83,6 @@ def export_run(
         files=files,
         tokenizer=vocabulary is not None,
     )
-
-
-def find_checkpoint(run: Path, step: int | None) -> Path:
-    """The newest checkpoint of a run, or that of a step.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    saved = saved_steps(run / "checkpoints")
-    if not saved:
-        raise ConfigError(f"{run}: no checkpoints/step_NNNNNNNN in it; give the folder of a run")
-    if step is None:
-        return saved[-1]
-    found = [path for path in saved if int(path.name.removeprefix("step_")) == step]
-    if not found:
-        steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in saved)
-        raise ConfigError(f"--step {step}: {run} has no checkpoint of it; there are: {steps}")
-    return found[0]
 
 
 def _fields(config: Config) -> dict[str, Any]:

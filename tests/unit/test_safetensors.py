@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from megatron_moe.checkpoint.safetensors_io import INDEX, TensorToWrite, open_folder, read_header, write_folder
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.hugging_face.safetensors import INDEX, TensorToWrite, open_folder, read_header, write_folder
 
 TENSORS = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),

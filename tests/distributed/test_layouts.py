@@ -107,7 +107,8 @@ def single_v2() -> dict:
     return result
 
 
-@pytest.mark.parametrize("options", [HASH, DENSE], ids=["hash", "dense"])
-@pytest.mark.parametrize("layout", ["pp2", "tp2"])
-def test_other_models(options: list[str], layout: str) -> None:
-    compare(run_ranks(train_tiny, 2, [*options, f"parallel={layout}"]), run_ranks(train_tiny, 1, options)[0])
+@pytest.mark.parametrize(("options", "layouts"), [(HASH, "pp2 tp2 ep2"), (DENSE, "pp2 tp2")], ids=["hash", "dense"])
+def test_other_models(options: list[str], layouts: str) -> None:
+    single = run_ranks(train_tiny, 1, options)[0]
+    for layout in layouts.split():
+        compare(run_ranks(train_tiny, 2, [*options, f"parallel={layout}"]), single)

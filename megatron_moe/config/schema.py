@@ -78,11 +78,11 @@ class ModelConfig:
     paper's nominal size of an expert (in a dense model of the FFN) over a standard FFN of 8 hidden_size^2 parameters;
     its FLOP counts use it. Null: of the real width.
 
-    Device groups are contiguous groups of experts, by default (null) the expert-parallel ranks. They are what the
-    device-level and communication balance losses balance, what `device_limit` (the paper's M; null: no limit) restricts
-    a token to, and what `device_capacity_factor` bounds: beyond that multiple of the mean load, a device's lowest
-    affinities are dropped in training, but none of a share `undropped_fraction` of the sequences (DeepSeek-V2,
-    arXiv:2405.04434, 2.2). Null: nothing is dropped.
+    Device groups are contiguous groups of experts; null: the expert-parallel ranks. They are what the device-level and
+    communication balance losses balance, what `device_limit` (the paper's M; null: no limit) restricts a token to, and
+    what `device_capacity_factor` bounds: beyond that multiple of the mean load, a device's lowest affinities are
+    dropped in training, but none of a share `undropped_fraction` of the sequences (DeepSeek-V2, arXiv:2405.04434, 2.2).
+    Null: nothing is dropped. The tables of `routing=hash` follow from `hash_seed`.
     """
 
     name: str = MISSING
@@ -98,6 +98,7 @@ class ModelConfig:
     expert_ffn_hidden_size: int = MISSING
     relative_expert_size: float | None = None
     routing: Routing = Routing.topk
+    hash_seed: int = 1234
     router_topk: int = MISSING
     routed_scaling_factor: float = 1.0
     expert_balance_factor: float = MISSING
@@ -203,8 +204,8 @@ class BatchRampConfig:
     """
 
     start: int | None = None
-    increment: int = 1
-    tokens: float = 1.0
+    increment: int | None = None
+    tokens: float | None = None
 
 
 @dataclass(kw_only=True)

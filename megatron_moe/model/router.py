@@ -195,11 +195,9 @@ class HashRouter(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         options: ModelConfig,
-        seed: int,
     ) -> None:
         super().__init__(config=config)
         self.options = options
-        self.seed = seed
         self.device = torch.get_default_device()
         self.tp_group = pg_collection.tp
         self.reset_counters()
@@ -207,7 +205,9 @@ class HashRouter(MegatronModule):
     def set_layer_number(self, layer_number: int) -> None:
         """Draw the layer's table, [vocab_size]; layers count from 1."""
         self.layer_number = layer_number
-        table = hash_table(self.options.vocab_size, self.options.num_experts, seed=self.seed + layer_number)
+        table = hash_table(
+            self.options.vocab_size, self.options.num_experts, seed=self.options.hash_seed, layer=layer_number
+        )
         self.table = table.to(self.device)
 
     def reset_counters(self) -> None:
@@ -234,5 +234,5 @@ Router = DeepSeekMoERouter | HashRouter
 def router_builder(config: Config) -> partial[Router]:
     """What megatron-core's `MoESubmodules.router` takes."""
     if config.model.routing is Routing.hash:
-        return partial(HashRouter, options=config.model, seed=config.train.seed)
+        return partial(HashRouter, options=config.model)
     return partial(DeepSeekMoERouter, options=config.model, num_groups=num_device_groups(config.model, config.parallel))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,10 +72,11 @@ def kept_within_budget(affinity: Tensor, device: Tensor, undropped: Tensor, *, b
     return keep
 
 
-def hash_table(vocab_size: int, num_experts: int, *, seed: int) -> Tensor:
-    """A fixed random expert for each token id, [vocab_size] int64.
+def hash_table(vocab_size: int, num_experts: int, *, seed: int, layer: int) -> Tensor:
+    """A fixed random expert for each token id, [vocab_size] int64; another table for each seed and layer.
 
     Source: Hash Layers, arXiv:2106.04426, 3.1 (random hash).
     """
-    generator = torch.Generator("cpu").manual_seed(seed)
+    digest = hashlib.sha256(f"{seed}/{layer}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randint(num_experts, (vocab_size,), generator=generator, device="cpu")

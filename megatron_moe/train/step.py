@@ -17,9 +17,9 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_moe.model.build import routers
-from megatron_moe.model.router import Router
+from megatron_moe.model.router import Batch, Router
 
-Batches = Iterator[dict[str, Tensor]]
+Batches = Iterator[Batch]
 
 
 @dataclass(frozen=True)

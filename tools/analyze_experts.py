@@ -42,12 +42,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.num_samples < 1:
             raise ConfigError(f"--num-samples={args.num_samples}: must be positive")
-        reports = [analyze_run(folder, args) for folder in args.run]
+        folder = args.output or args.run[0] / "analysis"
+        if args.output or args.run[0].is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+        reports = [analyze_run(run, args) for run in args.run]
     except ConfigError as error:
         print(error.report(), file=sys.stderr)
         return 2
-    folder = args.output or args.run[0] / "analysis"
-    folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     (folder / "experts.json").write_text(json.dumps(reports), encoding="utf-8")
     (folder / "experts.html").write_text(page(reports), encoding="utf-8")
     print_tables(reports)
@@ -68,10 +72,13 @@ def analyze_run(folder: Path, args: argparse.Namespace) -> Report:
 
 def named_paths(arguments: list[str]) -> dict[str, str]:
     """The paths of datasets by name."""
+    paths: dict[str, str] = {}
     for argument in arguments:
-        if "=" not in argument:
-            raise ConfigError(f"--data {argument}: must be NAME=PREFIX")
-    return dict(argument.split("=", 1) for argument in arguments)
+        name, equals, path = argument.partition("=")
+        if not (name and equals and path) or name in paths:
+            raise ConfigError(f"--data {argument}: must be NAME=PREFIX, each name once")
+        paths[name] = path
+    return paths
 
 
 def print_tables(reports: list[Report]) -> None:

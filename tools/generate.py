@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -40,8 +41,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise ConfigError for values that make no sense."""
     if args.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens={args.max_new_tokens}: must be positive")
-    if args.temperature < 0:
-        raise ConfigError(f"--temperature={args.temperature}: must not be negative")
+    if not 0 <= args.temperature < math.inf:
+        raise ConfigError(f"--temperature={args.temperature}: must be a number from 0")
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top-p={args.top_p}: must be above 0 and at most 1")
 

@@ -36,17 +36,18 @@ FIXED_OPTIONS = (
     "train.batch_ramp",
 )
 
-# Options of a model that weights do not depend on.
-TRAINING_ONLY = {
-    "num_device_groups",
+# Options of a model that may differ from those of the run that its weights come from: they act in training only, or, as
+# YaRN, are there to be changed between runs.
+FREE_OPTIONS = {
     "name",
     "relative_expert_size",
+    "init_method_std",
     "expert_balance_factor",
     "device_balance_factor",
     "communication_balance_factor",
     "device_capacity_factor",
     "undropped_fraction",
-    "init_method_std",
+    "yarn",
 }
 
 
@@ -105,6 +106,11 @@ class Checkpointer:
                 self.optimizer.reload_model_params()
             return TrainState(), []
         description, saved_options = read_json(saved[-1] / "state.json"), plain(saved_config(saved[-1]))
+        if description.get("weights_only"):
+            raise ConfigError(
+                f"run.dir={self.config.run.dir}: holds an imported model, weights only; start another run with "
+                f"checkpoint.init_from={self.config.run.dir} and another run.name"
+            )
         check_same_run(saved_options, self.config)
         same_ranks = description["world_size"] == dist.get_world_size()
         request = self.sharded_state_dict(is_loading=True, with_rng=same_ranks)
@@ -149,10 +155,11 @@ def load_weights(model: list[torch.nn.Module], checkpoint: Path, expected: Model
         ConfigError: the checkpoint is of another architecture.
     """
     saved, wanted = plain(saved_config(checkpoint).model), plain(expected)
+    free = FREE_OPTIONS if expected.device_limit else FREE_OPTIONS | {"num_device_groups"}
     problems = [
         f"model.{name}={wanted[name]}: {checkpoint} has {saved[name]}"
         for name in wanted
-        if name not in TRAINING_ONLY and wanted[name] != saved[name]
+        if name not in free and wanted[name] != saved[name]
     ]
     if problems:
         raise ConfigError(*problems)

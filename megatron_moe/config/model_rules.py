@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_moe.config.derived import num_device_groups
 from megatron_moe.config.rules import divides
-from megatron_moe.config.schema import Attention, Config, Routing
+from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
 
 
 def model_problems(config: Config) -> Iterator[str]:
@@ -50,6 +49,8 @@ def _dense_model(config: Config) -> Iterator[str]:
         if value := getattr(model, name):
             default = "null" if name in ("device_limit", "device_capacity_factor") else 0
             yield f"model.{name}={value}: must be {default} with model.num_experts=0"
+    if model.routing is not Routing.topk:
+        yield f"model.routing={model.routing.value}: must be {Routing.topk.value} with model.num_experts=0"
     if config.parallel.expert_model_parallel_size > 1:
         yield (
             f"parallel.expert_model_parallel_size={config.parallel.expert_model_parallel_size}: must be 1, "
@@ -64,6 +65,8 @@ def _experts(config: Config) -> Iterator[str]:
     if model.routing is Routing.hash:
         if model.router_topk != 1:
             yield f"model.router_topk={model.router_topk}: model.routing=hash sends a token to 1 expert"
+        if model.routed_scaling_factor != 1:
+            yield f"model.routed_scaling_factor={model.routed_scaling_factor}: model.routing=hash has a gate of 1"
         names = (
             "expert_balance_factor device_balance_factor communication_balance_factor device_limit "
             "device_capacity_factor"
@@ -75,7 +78,6 @@ def _experts(config: Config) -> Iterator[str]:
 
 def _device_groups(config: Config) -> Iterator[str]:
     model = config.model
-    groups = num_device_groups(model, config.parallel)
     if model.num_device_groups is not None:
         yield from divides(config, "model.num_device_groups", "model.num_experts")
     if model.communication_balance_factor and model.device_limit is None:
@@ -83,18 +85,30 @@ def _device_groups(config: Config) -> Iterator[str]:
             f"model.communication_balance_factor={model.communication_balance_factor}: needs model.device_limit, "
             "the number of devices that it is relative to"
         )
-    if model.device_limit is not None and model.num_experts % groups == 0:
-        within = model.device_limit * model.num_experts // groups
-        if model.device_limit > groups:
-            yield f"model.device_limit={model.device_limit}: there are only {groups} device groups"
-        elif within < model.router_topk:
+    for name in ("device_limit", "device_capacity_factor"):
+        if getattr(model, name) is not None and (model.num_device_groups or 1) < 2:
             yield (
-                f"model.device_limit={model.device_limit}: {model.device_limit} of {groups} device groups hold "
-                f"{within} experts, fewer than model.router_topk={model.router_topk}"
+                f"model.{name}={getattr(model, name)}: needs model.num_device_groups of at least 2, so that the model "
+                "is the same in every layout"
             )
+            return
+    if model.device_limit is not None:
+        yield from _device_limit(model)
     if model.device_capacity_factor is not None and config.parallel.context_parallel_size > 1:
         yield (
             f"model.device_capacity_factor={model.device_capacity_factor}: not with "
             f"parallel.context_parallel_size={config.parallel.context_parallel_size}, whose ranks would each drop by "
             "their own part of a sequence; set it to null"
+        )
+
+
+def _device_limit(model: ModelConfig) -> Iterator[str]:
+    limit, groups = model.device_limit, model.num_device_groups
+    within = limit * model.num_experts // groups
+    if limit > groups:
+        yield f"model.device_limit={limit}: there are only model.num_device_groups={groups}"
+    elif within < model.router_topk:
+        yield (
+            f"model.device_limit={limit}: {limit} of {groups} device groups hold {within} experts, fewer than "
+            f"model.router_topk={model.router_topk}"
         )

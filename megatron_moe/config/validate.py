@@ -75,7 +75,8 @@ def _placement(config: Config) -> Iterator[str]:
         yield from divides(config, "parallel.expert_model_parallel_size", "model.num_experts")
     for whole in ("num_attention_heads", "vocab_size", "ffn_hidden_size"):
         yield from divides(config, "parallel.tensor_model_parallel_size", f"model.{whole}")
-    yield from _expert_placement(config)
+    if config.model.num_experts:
+        yield from _expert_placement(config)
     tensor = config.parallel.tensor_model_parallel_size
     context = config.parallel.context_parallel_size
     slices = tensor * (2 * context if context > 1 else 1)
@@ -186,6 +187,12 @@ def _interleaving(config: Config, micro_batches: int) -> Iterator[str]:
 
 def _batch_ramp(config: Config, at_once: int) -> Iterator[str]:
     ramp, full = config.train.batch_ramp, config.train.global_batch_size
+    if ramp.increment is None or ramp.tokens is None or ramp.tokens < 1:
+        yield (
+            f"train.batch_ramp.increment={ramp.increment}, train.batch_ramp.tokens={ramp.tokens}: must both be given "
+            f"with train.batch_ramp.start={ramp.start}, and at least 1"
+        )
+        return
     if config.parallel.virtual_pipeline_model_parallel_size > 1:
         at_once *= config.parallel.pipeline_model_parallel_size
     for name in ("start", "increment"):

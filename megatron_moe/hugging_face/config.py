@@ -6,6 +6,8 @@ defaults apply where a file leaves a field out.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +33,18 @@ MLA_SIZES = {
     "qk_nope_head_dim": "qk_head_dim",
     "qk_rope_head_dim": "qk_pos_emb_head_dim",
     "v_head_dim": "v_head_dim",
+}
+OTHER_NAMES = {
+    "n_shared_experts": "num_shared_experts",
+    "first_k_dense_replace": "num_dense_layers",
+    "n_group": "num_device_groups",
+    "topk_group": "device_limit",
+    "q_lora_rank": "q_lora_rank",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "aux_loss_alpha": "expert_balance_factor",
+    "initializer_range": "init_method_std",
+    "rms_norm_eps": "layernorm_epsilon",
+    "rope_theta": "rotary_base",
 }
 YARN = {
     "factor": "rotary_scaling_factor",
@@ -174,7 +188,7 @@ def from_hf_config(config: dict[str, Any], name: str) -> ModelConfig:
     layers, heads, hidden = (config[n] for n in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     options: dict[str, Any] = {ours: config[theirs] for theirs, ours in SIZES.items()}
     options |= {
-        "num_dense_layers": config.get("first_k_dense_replace", 0) if is_moe else layers,
+        "num_dense_layers": (config.get("first_k_dense_replace") or 0) if is_moe else layers,
         "kv_channels": config["qk_nope_head_dim"] if is_mla else hidden // heads,
         "rotary_base": int(theta),
         "layernorm_epsilon": config.get("rms_norm_eps", 1e-6),
@@ -211,14 +225,26 @@ def _yarn(scaling: dict[str, Any] | None) -> YarnConfig:
     return YarnConfig(**{ours: (YARN_DEFAULTS | scaling)[theirs] for theirs, ours in YARN.items()})
 
 
+def _written_rope(config: dict[str, Any]) -> Any:
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+
+
 def _rope(config: dict[str, Any]) -> tuple[Any, dict[str, Any] | None]:
     """Base and scaling, as the releases and transformers 4 write them, or in `rope_parameters` of transformers 5."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    found = dict(_written_rope(config))
     theta = found.pop("rope_theta", config.get("rope_theta", 10000))
     kind = found.pop("rope_type", None) or found.get("type") or "default"
     found.pop("type", None)
     scaling = {name: value for name, value in found.items() if value is not None}
-    return theta, None if kind == "default" else {"type": kind, **scaling}
+    if kind == "default" and not scaling:
+        return theta, None
+    return theta, {"type": kind, **scaling}
+
+
+def in_their_names(problem: str) -> str:
+    """A problem of our options in the words of `config.json`."""
+    theirs = {ours: name for name, ours in (SIZES | MOE_SIZES | MLA_SIZES | OTHER_NAMES).items()}
+    return re.sub(r"model\.(\w+)", lambda match: theirs.get(match[1], match[0]), problem)
 
 
 def _unsupported(config: dict[str, Any]) -> Iterator[str]:
@@ -266,6 +292,9 @@ def _wrong_sizes(config: dict[str, Any]) -> Iterator[str]:
 
 
 def _unsupported_rope(config: dict[str, Any]) -> Iterator[str]:
+    if not isinstance(written := _written_rope(config), dict):
+        yield _refusal("rope_scaling", written, "null or an object")
+        return
     theta, scaling = _rope(config)
     if not _is_number(theta) or theta < 1 or theta != int(theta):
         yield _refusal("rope_theta", theta, "positive integers")
@@ -273,7 +302,8 @@ def _unsupported_rope(config: dict[str, Any]) -> Iterator[str]:
         return
     kind = scaling.pop("type")
     if kind != "yarn" or config["model_type"] == V1:
-        yield _refusal("rope_scaling", kind, "null" if config["model_type"] == V1 else "null and yarn")
+        what = kind if kind != "default" else f"default with {', '.join(scaling)}"
+        yield _refusal("rope_scaling", what, "null" if config["model_type"] == V1 else "null and yarn")
         return
     for name in sorted(YARN.keys() - YARN_DEFAULTS.keys() - scaling.keys()):
         yield f"rope_scaling.{name}: missing; it is needed"
@@ -315,4 +345,4 @@ def _is_integer(value: Any, least: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and value >= 0
+    return type(value) in (int, float) and 0 <= value < math.inf

@@ -18,7 +18,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.schema import Config, Dtype, ModelConfig, PrecisionConfig, RunConfig
 from megatron_moe.config.validate import validate
-from megatron_moe.hugging_face.config import from_hf_config
+from megatron_moe.hugging_face.config import from_hf_config, in_their_names
 from megatron_moe.hugging_face.exporter import SHOWN, Summary
 from megatron_moe.hugging_face.names import Source, extra_states, hf_tensors, other_name, our_tensors, sources
 from megatron_moe.hugging_face.safetensors import TORCH_DTYPES, StoredTensor, open_folder
@@ -124,7 +124,10 @@ def _config(model: ModelConfig, fields: dict, output: Path, stored: dict[str, St
         data=dataclasses.replace(config.data, sequence_length=length),
         precision=PrecisionConfig(dtype=Dtype.bf16 if stored[EMBEDDING].dtype == "BF16" else Dtype.fp32),
     )
-    validate(config, None)
+    try:
+        validate(config, None)
+    except ConfigError as error:
+        raise ConfigError(*(in_their_names(problem) for problem in error.problems)) from None
     return config
 
 

@@ -90,7 +90,7 @@ def analyze(run: RestoredRun, sources: Mapping[str, SequenceDataset], num_sample
     }
     report["loss"] = _mean(source["loss"] for source in report["sources"].values())
     if model.num_experts and model.routing is Routing.topk:
-        report |= _interventions(run, sources, num_samples)
+        report |= _interventions(run, sources, num_samples, report["loss"])
     return report
 
 
@@ -105,22 +105,29 @@ def _of_source(run: RestoredRun, data: SequenceDataset, num_samples: int) -> dic
     }
 
 
-def _interventions(run: RestoredRun, sources: Mapping[str, SequenceDataset], num_samples: int) -> dict[str, Any]:
+def _interventions(
+    run: RestoredRun, sources: Mapping[str, SequenceDataset], num_samples: int, unchanged: float
+) -> dict[str, Any]:
     model = run.config.model
+    within_reach = (
+        model.num_experts * (model.device_limit or 1) // (model.num_device_groups if model.device_limit else 1)
+    )
 
     def loss(**changes: Any) -> float:
+        if changes in ({"num_masked": 0}, {"topk": model.router_topk}):
+            return unchanged
         with altered(run.pipeline, **changes):
             return _mean(_loss(run, data, num_samples) for data in sources.values())
 
     masked = {f"{i}/16": round(i / 16 * model.num_experts) for i in MASKED_SIXTEENTHS}
-    possible = {name: count for name, count in masked.items() if model.num_experts - count >= model.router_topk}
+    possible = {name: count for name, count in masked.items() if within_reach - count >= model.router_topk}
     result: dict[str, Any] = {
         "masked_experts": possible,
         "loss_by_masked_fraction": {name: loss(num_masked=count) for name, count in possible.items()},
         "loss_by_topk": {str(k): loss(topk=k) for k in range(max(1, model.router_topk // 2), model.router_topk + 1)},
     }
     replaced = model.router_topk + model.num_shared_experts
-    if model.num_shared_experts and replaced <= model.num_experts:
+    if model.num_shared_experts and replaced <= within_reach:
         result["loss_with_routed_for_shared"] = loss(without_shared=True, topk=replaced)
     return result
 

@@ -82,7 +82,7 @@ def start_facts(config: Config, world_size: int, device: torch.device) -> list[t
             f"{_experts_text(model)}, {model.attention.value}",
         ),
         ("batch", _batch_text(config, world_size)),
-        ("balance", _balance_text(config)),
+        *([("balance", _balance_text(config))] if model.num_experts and model.routing is Routing.topk else []),
         (
             "schedule",
             f"lr {config.optimizer.lr:g} after {schedule.warmup_steps:,} warm-up steps"

@@ -37,8 +37,19 @@ class RestoredRun:
     device: torch.device
 
     def tokenizer(self, path: Path | None = None) -> Tokenizer:
-        """The tokenizer at `path`, by default the run's own."""
-        return load_tokenizer(path or self.folder / "tokenizer.json")
+        """The tokenizer at `path`, by default the run's own.
+
+        Raises:
+            ConfigError: there is none, or it has more entries than the model.
+        """
+        path = path or self.folder / "tokenizer.json"
+        tokenizer, vocab_size = load_tokenizer(path), self.config.model.vocab_size
+        if tokenizer.get_vocab_size() > vocab_size:
+            raise ConfigError(
+                f"tokenizer {path}: has {tokenizer.get_vocab_size()} entries, the model model.vocab_size={vocab_size}; "
+                "give the one that it was trained with"
+            )
+        return tokenizer
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -75,9 +86,14 @@ def read_config(folder: Path) -> Config:
     """The configuration a run left, laid out for one process; device groups stay as trained."""
     file = folder / "config.yaml"
     try:
-        config = from_plain(yaml.safe_load(file.read_text(encoding="utf-8")))
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}; is {folder} the folder of a run?") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: no YAML: {error}") from None
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{file}: holds no options")
+    config = from_plain(saved)
     config.model.num_device_groups = config.model.num_device_groups or config.parallel.expert_model_parallel_size
     config.parallel = ParallelConfig()
     return config

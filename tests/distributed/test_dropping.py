@@ -1,9 +1,10 @@
-"""What DeepSeek-V2's routing sends where, seen at the dispatcher's entrance."""
+"""What is sent where, seen at the dispatcher's entrance."""
 
 import pytest
 import torch
 
-from tests.distributed.test_layouts import DEEPSEEK_V2_ROUTING
+from megatron_moe.model.selection import hash_table
+from tests.distributed.test_layouts import DEEPSEEK_V2_ROUTING, HASH
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import tiny_run, train_tiny
 
@@ -61,6 +62,28 @@ def test_devices_keep_their_budget_and_protected_sequences_everything(layout: st
         dropped, total = dropped + (selected & ~kept).sum().item(), total + selected.sum().item()
     assert ranks[0][2] == pytest.approx(dropped / total)
     assert dropped > 0
+
+
+def hashed(overrides: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """On each rank, of one forward: token ids and their experts in the first MoE layer, position by position."""
+    seen = []
+    with tiny_run(["run.dir=without_checkpoints", *overrides]) as (run, batches, _):
+        router = run.pipeline.routers[0]
+        router.register_forward_hook(lambda _router, _args, output: seen.append(output[1].clone()))
+        batch = next(batches[0])
+        run.pipeline.run([iter([batch])], 1, forward_only=True)
+        rank, size = run.context.pg_collection.tp.rank(), run.context.pg_collection.tp.size()
+        tokens = batch["tokens"].T.chunk(size)[rank].flatten()
+        return tokens, seen[0].int().argmax(dim=1), seen[0].sum(dim=1)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [("single", 1), ("tp2", 2), ("cp2", 2), ("ep2", 2)])
+def test_a_token_goes_to_the_expert_of_its_id(layout: str, world_size: int) -> None:
+    table = hash_table(256, 8, seed=5, layer=2)
+    for tokens, experts, counts in run_ranks(hashed, world_size, [*HASH, f"parallel={layout}", "model.hash_seed=5"]):
+        assert torch.equal(experts, table[tokens])
+        assert (counts == 1).all()
+        assert len(set(experts.tolist())) == 8
 
 
 def test_nothing_is_dropped_at_evaluation() -> None:

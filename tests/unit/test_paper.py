@@ -2,6 +2,7 @@
 
 import ast
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ from megatron_moe.plan.memory import memory_of_stage
 ROOT = CONF_DIR.parent
 TEXT = (ROOT / "PAPER.md").read_text()
 REFERENCES = sorted(set(re.findall(r"`([\w/.]+\.py(?:::\w+)?)`", TEXT)))
-RECIPES = re.findall(r"^\| `(\w+)`[^|]*\|[^|]*\| `(\w+)` \| (\d+) \| ([\d.]+) \|$", TEXT, flags=re.MULTILINE)
+ROW = r"^\| `(\w+)`(?: with `(model=\w+)`[^|]*)? \|[^|]*\| `(\w+)` \| (\d+) \| ([\d.]+) \|$"
+RECIPES = re.findall(ROW, TEXT, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("reference", REFERENCES)
@@ -38,10 +40,16 @@ def test_every_recipe_has_its_row() -> None:
     assert {row[0] for row in RECIPES} == {path.stem for path in (CONF_DIR / "experiment").glob("*.yaml")}
 
 
-@pytest.mark.parametrize(("name", "layout", "gpus", "gibibytes"), RECIPES)
-def test_recipes_fit_80_gb(name: str, layout: str, gpus: str, gibibytes: str) -> None:
+@pytest.mark.parametrize("path", sorted((CONF_DIR / "model").glob("*_2b*.yaml")), ids=lambda path: path.stem)
+def test_no_other_baseline_needs_more(path: Path) -> None:
+    config = compose_config(["experiment=deepseekmoe_2b", f"model={path.stem}"])
+    assert memory_of_stage(config, 1, 0) <= 57.5 * 2**30
+
+
+@pytest.mark.parametrize(("name", "model", "layout", "gpus", "gibibytes"), RECIPES)
+def test_recipes_fit_80_gb(name: str, model: str, layout: str, gpus: str, gibibytes: str) -> None:
     """With a tenth to spare for buffers and fragmentation."""
-    config = compose_config([f"experiment={name}"])
+    config = compose_config([f"experiment={name}", *([model] if model else [])])
     assert config.parallel == compose_config([f"parallel={layout}"]).parallel
     stages = range(config.parallel.pipeline_model_parallel_size)
     memory = max(memory_of_stage(config, int(gpus), stage) for stage in stages)

@@ -1,5 +1,6 @@
 """Parameters, moments and position survive in any layout."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,20 @@ def test_a_new_run_takes_the_weights_of_another(precision: str, tmp_path: Path) 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     run_ranks(save, 1, "single", str(tmp_path))
-    options = [f"checkpoint.init_from={tmp_path}", f"run.dir={tmp_path}/new", "model.router_topk=3"]
+    options = [f"checkpoint.init_from={tmp_path}", f"run.dir={tmp_path}/new"]
     with pytest.raises(AssertionError, match=r"model.router_topk=3: .*step_00000003 has 2"):
-        run_ranks(weights, 1, options)
+        run_ranks(weights, 1, [*options, "model.router_topk=3"])
+    assert run_ranks(weights, 1, [*options, "model.num_device_groups=2", "model.undropped_fraction=0.3"])
+    limited = ["model.num_device_groups=2", "model.device_limit=1"]
+    with pytest.raises(AssertionError, match=r"(?s)model.num_device_groups=2: .*model.device_limit=1: "):
+        run_ranks(weights, 1, [*options, *limited])
+
+
+def test_an_imported_model_is_no_run_to_go_on_with(tmp_path: Path) -> None:
+    run_ranks(save, 1, "single", str(tmp_path))
+    file = tmp_path / "checkpoints" / "step_00000003" / "state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "weights_only": True}))
+    with pytest.raises(
+        AssertionError, match="holds an imported model, weights only; start another run with checkpoint"
+    ):
+        run_ranks(weights, 1, [f"run.dir={tmp_path}"])

@@ -94,7 +94,13 @@ def test_generation(folder: Path) -> None:
         (["tools/generate.py", "--run", ".", "--prompt", "x"], "config.yaml: No such file"),
         (["tools/generate.py", "--run", "runs/moe", "--prompt", "x", "--top-p", "0"], "--top-p=0.0: must be above 0"),
         (["tools/generate.py", "--run", "runs/moe", "--prompt", "x", "--tokenizer", "no.json"], "no.json"),
+        (
+            ["tools/generate.py", "--run", "runs/moe", "--prompt", "x", "--temperature", "nan"],
+            "--temperature=nan: must",
+        ),
         (["tools/analyze_experts.py", "--run", "runs/moe", "--data", "numbers"], "--data numbers: must be NAME=PREFIX"),
+        (["tools/analyze_experts.py", "--run", "runs/moe", "--data", "a=x", "a=y"], "--data a=y: must be NAME=PREFIX"),
+        (["tools/analyze_experts.py", "--run", "runs/moe", "--output", "tokenizer.json"], "File exists"),
         (["tools/analyze_experts.py", "--run", "runs/moe", "--data", "a=nowhere"], "nowhere"),
         (["tools/analyze_experts.py", "--run", "nowhere"], "nowhere/config.yaml: No such file"),
     ],

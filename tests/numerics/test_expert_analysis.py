@@ -1,5 +1,8 @@
 """Interventions on a model against models that were built that way."""
 
+import math
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -84,3 +87,22 @@ def test_load_and_co_activation() -> None:
                 expected[i, chosen] += 1
         assert torch.equal(counts[layer].float(), expected)
         assert counts[layer].diagonal().sum() == 3 * 8 * 32
+
+
+def report_of(overrides: list[str]) -> dict:
+    from megatron_moe.train.expert_analysis import analyze
+    from megatron_moe.train.restore import RestoredRun
+
+    with tiny_run([*OPTIONS, *overrides]) as (run, _, _):
+        restored = RestoredRun(run.config, Path("run"), Path("step"), run.pipeline, run.context.device)
+        return analyze(restored, {"valid": run.valid_data}, 8)
+
+
+def test_only_what_the_device_limit_leaves_is_tried() -> None:
+    """Two of four devices hold 4 of the 8 experts: 3 can be selected of them when one is masked."""
+    limited = ["model.num_device_groups=4", "model.device_limit=2", "model.num_shared_experts=2"]
+    (report,) = run_ranks(report_of, 1, limited)
+    assert report["masked_experts"] == {"0/16": 0, "1/16": 0, "2/16": 1}
+    assert "loss_with_routed_for_shared" not in report
+    losses = [*report["loss_by_masked_fraction"].values(), *report["loss_by_topk"].values()]
+    assert all(math.isfinite(loss) for loss in losses)

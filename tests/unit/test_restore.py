@@ -1,0 +1,34 @@
+"""A run's folder, read back."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.data.tokenizer import train_tokenizer
+from megatron_moe.train.restore import RestoredRun, read_config
+from tests.helpers.training import tiny_config
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"run: [", "config.yaml: no YAML"),
+        (b"\xff", "config.yaml: no YAML"),
+        (b"", "config.yaml: holds no options"),
+        (b"model: {num_layer: 3}", "num_layer"),
+        (None, "No such file or directory; is .* the folder of a run"),
+    ],
+)
+def test_damaged_configurations_are_named(content: bytes | None, expected: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=expected):
+        read_config(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    train_tokenizer(["a text of many words " * 9], 300).save(str(tmp_path / "tokenizer.json"))
+    config = tiny_config("data=mock", "model.vocab_size=256")
+    with pytest.raises(ConfigError, match=r"entries, the model model\.vocab_size=256"):
+        RestoredRun(config, tmp_path, tmp_path, None, None).tokenizer()

@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         folder = args.output or args.run[0] / "analysis"
         if args.output or args.run[0].is_dir():
             folder.mkdir(parents=True, exist_ok=True)
+        check_runs(args.run)
         reports = [analyze_run(run, args) for run in args.run]
     except ConfigError as error:
         print(error.report(), file=sys.stderr)
@@ -59,9 +60,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def check_runs(folders: list[Path]) -> None:
+    """Raise ConfigError for a folder that is no run, before work on the others."""
+    quiet()
+    from megatron_moe.train.restore import find_checkpoint, read_config
+
+    for folder in folders:
+        read_config(folder)
+        find_checkpoint(folder)
+
+
 def analyze_run(folder: Path, args: argparse.Namespace) -> Report:
     """Restore a run and take it apart."""
-    quiet()
     from megatron_moe.data.dataset import held_out_sources
     from megatron_moe.train.expert_analysis import analyze
     from megatron_moe.train.restore import restored
@@ -91,7 +101,10 @@ def print_tables(reports: list[Report]) -> None:
             table.add_row(name, f"{loss:.4f}", f"{loss - report['loss']:+.4f}")
         console.print(table)
     if len({report["model"] for report in reports}) > 1:
-        console.print(comparison(reports))
+        same_data = len({tuple(s["digest"] for s in report["sources"].values()) for report in reports}) == 1
+        console.print(
+            comparison(reports) if same_data else "\nno comparison: the runs were measured on different tokens"
+        )
 
 
 def losses(report: Report) -> dict[str, float]:
@@ -100,7 +113,11 @@ def losses(report: Report) -> dict[str, float]:
     shared = report.get("loss_with_routed_for_shared")
     return {
         "as trained": report["loss"],
-        **{f"as trained, {name}": source["loss"] for name, source in report["sources"].items()},
+        **(
+            {f"as trained, {name}": source["loss"] for name, source in report["sources"].items()}
+            if len(report["sources"]) > 1
+            else {}
+        ),
         **{f"without the top {name} of the routed experts": loss for name, loss in masked.items()},
         **({"routed instead of shared experts": shared} if shared is not None else {}),
         **{f"{k} routed experts a token": loss for k, loss in topk.items()},
@@ -140,7 +157,7 @@ def loss_figures(reports: list[Report]) -> list[Any]:
 
     figures = []
     for key, title in (
-        ("loss_by_masked_fraction", "share of routed experts masked, best first"),
+        ("loss_by_masked_fraction", "share of its best routed experts that each token is kept from"),
         ("loss_by_topk", "routed experts a token"),
     ):
         lines = [
@@ -149,7 +166,7 @@ def loss_figures(reports: list[Report]) -> list[Any]:
             if key in report
         ]
         if lines:
-            figure = go.Figure(lines, layout={"showlegend": True})
+            figure = go.Figure(lines, layout={"showlegend": True, "title": f"loss by {title}"})
             figure.update_xaxes(title=title, type="category")
             figures.append(figure.update_yaxes(title="held-out loss, nats per token"))
     return figures
@@ -167,10 +184,11 @@ def layer_figures(report: Report) -> list[Any]:
         title = f"{report['run']}, {name}: "
         load = px.imshow(
             source["expert_load"],
+            y=[str(layer) for layer in report["moe_layers"]],
             aspect="auto",
-            labels={"x": "routed expert", "y": "MoE layer", "color": "load / mean"},
+            labels={"x": "routed expert", "y": "layer", "color": "load / mean"},
         )
-        figures.append(load.update_layout(title=f"{title}load").update_yaxes(dtick=1))
+        figures.append(load.update_layout(title=f"{title}load"))
         co_activation = np.array(source["co_activation"])
         co_activation *= 1 - np.eye(co_activation.shape[-1])  # an expert with itself would hide the others
         if not co_activation.any():
@@ -178,9 +196,9 @@ def layer_figures(report: Report) -> list[Any]:
         pairs = px.imshow(
             co_activation,
             animation_frame=0,
-            labels={"x": "also selected", "y": "selected", "color": "share", "animation_frame": "MoE layer"},
+            labels={"x": "also selected", "y": "selected", "color": "share", "animation_frame": "MoE layer, from 0"},
         )
-        figures.append(pairs.update_layout(title=f"{title}co-activation"))
+        figures.append(pairs.update_layout(title=f"{title}share of a row's tokens that also select the column"))
     return figures
 
 

@@ -79,7 +79,15 @@ def convert(args: argparse.Namespace) -> str:
     text = f"{args.output}: {done.tensors:,} tensors, {done.parameters:,} parameters, {done.nbytes:,} bytes"
     files = f" in {done.files} file{'s' * (done.files != 1)}"
     tokenizer = "" if done.tokenizer else "\nno tokenizer.json found; give one with --tokenizer if you need it"
-    return f"{text}{files}{tokenizer}"
+    return f"{text}{files}{tokenizer}{_next(args, done.model)}"
+
+
+def _next(args: argparse.Namespace, model: str) -> str:
+    """What to do with it."""
+    if args.command == "export":
+        return f"\nmodel_type {model}"
+    out = args.output
+    return f"\ntrain on with: python pretrain.py --config-dir {out} model={model} checkpoint.init_from={out}"
 
 
 if __name__ == "__main__":

@@ -45,6 +45,8 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--temperature={args.temperature}: must be a number from 0")
     if not 0 < args.top_p <= 1:
         raise ConfigError(f"--top-p={args.top_p}: must be above 0 and at most 1")
+    if args.top_p < 1 and args.temperature == 0:
+        raise ConfigError(f"--top-p={args.top_p}: needs a --temperature above 0, which draws samples")
 
 
 def text(args: argparse.Namespace) -> str:

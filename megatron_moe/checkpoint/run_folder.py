@@ -66,7 +66,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; is {path.parent} the right folder on this machine?") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: holds no JSON object")

@@ -188,12 +188,12 @@ def held_out_sources(config: Config, paths: dict[str, str]) -> dict[str, Sequenc
     Raises:
         ConfigError: there are none, or one cannot be read.
     """
-    if not paths and config.data.kind is not DataKind.blend:
+    if not paths and config.data.kind is DataKind.python_stdlib:
         _, held_out = build_datasets(config)
         return {config.data.kind.value: held_out}
     sources = paths or {source.path: source.path for source in config.data.valid}
     if not sources:
-        raise ConfigError("data.valid=[]: the run has no held-out data; name some")
+        raise ConfigError(f"data.kind={config.data.kind.value}: there is no held-out text; name indexed datasets")
     return {name: _blend(config, [DataSource(path=path)], 0) for name, path in sources.items()}
 
 

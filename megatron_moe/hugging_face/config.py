@@ -67,6 +67,7 @@ FIXED = {
     "quantization_config": None,
     "ep_size": 1,
 }
+ONLY_V2 = "; deepseek_v2, of models with model.attention=mla, has it"
 LATENT_NORM_EPSILON = 1e-6  # of the released code, whatever rms_norm_eps is
 
 
@@ -154,9 +155,9 @@ def _inexpressible(model: ModelConfig) -> Iterator[str]:
         width = f"{model.hidden_size} / {model.num_attention_heads}"
         yield _only(f"model.kv_channels={model.kv_channels}", V1, f"hidden_size / num_attention_heads = {width}")
     if model.routed_scaling_factor != 1.0 and model.num_experts:
-        yield _only(f"model.routed_scaling_factor={model.routed_scaling_factor}", V1, 1.0)
+        yield _only(f"model.routed_scaling_factor={model.routed_scaling_factor}", V1, 1.0) + ONLY_V2
     if model.device_limit is not None:
-        yield _only(f"model.device_limit={model.device_limit}", V1, "null")
+        yield _only(f"model.device_limit={model.device_limit}", V1, "null") + ONLY_V2
 
 
 def _only(option: str, model_type: str, value: Any) -> str:

@@ -33,6 +33,7 @@ class Summary:
     nbytes: int
     files: int
     tokenizer: bool
+    model: str
 
 
 def export_run(
@@ -82,6 +83,7 @@ def export_run(
         nbytes=sum(tensor.nbytes for tensor in planned),
         files=files,
         tokenizer=vocabulary is not None,
+        model=fields["model_type"],
     )
 
 

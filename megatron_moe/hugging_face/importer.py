@@ -65,6 +65,7 @@ def import_model(hf: Path, output: Path, *, tokenizer: Path | None = None) -> Su
         nbytes=sum(size * item for size, item in sizes),
         files=1,
         tokenizer=vocabulary is not None,
+        model=model.name,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -86,6 +87,7 @@ def analyze(run: RestoredRun, sources: Mapping[str, SequenceDataset], num_sample
         "parameters": total_params(model),
         "activated_parameters": activated_params(model),
         "num_samples": round_up(num_samples, run.pipeline),
+        "moe_layers": list(range(model.num_dense_layers, model.num_layers)),
         "sources": {name: _of_source(run, data, num_samples) for name, data in sources.items()},
     }
     report["loss"] = _mean(source["loss"] for source in report["sources"].values())
@@ -95,11 +97,15 @@ def analyze(run: RestoredRun, sources: Mapping[str, SequenceDataset], num_sample
 
 
 def _of_source(run: RestoredRun, data: SequenceDataset, num_samples: int) -> dict[str, Any]:
-    """Loss, and for each MoE layer the load over the mean and P(column selected | row selected)."""
+    """Loss, digest of the tokens; for each MoE layer the load over the mean and P(column selected | row selected)."""
     with recorded(run.pipeline) as counts:
         loss = _loss(run, data, num_samples)
+    digest = hashlib.sha256()
+    for index in range(round_up(num_samples, run.pipeline)):
+        digest.update(data[index].tobytes())
     return {
         "loss": loss,
+        "digest": digest.hexdigest(),
         "expert_load": [_rounded(c.diagonal() / c.diagonal().mean()) for c in counts],
         "co_activation": [_rounded(c / c.diagonal()[:, None].clamp(min=1)) for c in counts],
     }

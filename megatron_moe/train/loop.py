@@ -72,6 +72,8 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
         write_run_files(config, overrides)
     for change in run.changed_options:
         run.say(f"changed since the checkpoint: {change}")
+    if config.checkpoint.init_from is not None and run.state.step == 0:
+        run.say(f"weights from {config.checkpoint.init_from}")
     run.say(f"{config.run.dir}: from step {run.state.step:,} to {run.last_step:,}")
 
     with _logger(run) as logger:
@@ -88,7 +90,7 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
             metrics: Metrics = {}
             evaluates = run.valid_data is not None and run.is_due(config.evaluation.interval)
             if evaluates or run.is_due(config.logger.log_interval):
-                metrics |= _measure(run, result, lr, throughput)
+                metrics |= _measure(run, result, lr, samples, throughput)
                 run.say(progress_line(run.state.step, config.train.train_steps, metrics))
             with throughput.paused():
                 if evaluates:
@@ -147,10 +149,11 @@ def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
     return train_step(run.pipeline, run.optimizer, batches, count)
 
 
-def _measure(run: Run, result: StepResult, lr: float, throughput: Throughput) -> Metrics:
+def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: Throughput) -> Metrics:
     tokens_per_second, step_time_s = throughput.report()
     return {
         "consumed_tokens": run.state.consumed_samples * run.config.data.sequence_length,
+        "train/batch_size": samples,
         **step_metrics(run.config, run.context, run.pipeline.model, result),
         "train/lr": lr,
         "speed/tokens_per_second": tokens_per_second,

@@ -43,6 +43,8 @@ class RestoredRun:
             ConfigError: there is none, or it has more entries than the model.
         """
         path = path or self.folder / "tokenizer.json"
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file; give the model's tokenizer.json with --tokenizer")
         tokenizer, vocab_size = load_tokenizer(path), self.config.model.vocab_size
         if tokenizer.get_vocab_size() > vocab_size:
             raise ConfigError(

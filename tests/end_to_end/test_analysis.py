@@ -1,6 +1,7 @@
 """A run taken apart and talked to, as a user would."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_analysis(folder: Path) -> None:
             assert all(sum(row) == pytest.approx(2, abs=1e-2) or sum(row) == 0 for row in pairs)
     assert "loss_by_topk" not in dense
     assert dense["loss"] == pytest.approx(metrics_of(folder / "runs/dense")[-1]["valid/lm_loss"], rel=1e-6)
-    assert "model" in result.stdout
+    assert "no comparison: the runs were measured on different tokens" in result.stdout
     assert "2 routed experts a token" in result.stdout
     assert "plotly" in (folder / "runs/moe/analysis/experts.html").read_text()
 
@@ -70,6 +71,9 @@ def test_other_data(folder: Path) -> None:
     assert run_cli("tools/analyze_experts.py", *command, cwd=folder).returncode == 0
     (report,) = json.loads((folder / "out/experts.json").read_text())
     assert list(report["sources"]) == ["only"]
+    both = ["--run", "runs/dense", "runs/moe", "--data", "only=code", "--num-samples", "2", "--output", "out"]
+    result = run_cli("tools/analyze_experts.py", *both, cwd=folder)
+    assert re.search(r"moe +1 +[\d,]+ +[\d,]+ +\d\.\d{4}", result.stdout)
 
 
 def test_generation(folder: Path) -> None:
@@ -102,6 +106,10 @@ def test_generation(folder: Path) -> None:
         (["tools/analyze_experts.py", "--run", "runs/moe", "--data", "a=x", "a=y"], "--data a=y: must be NAME=PREFIX"),
         (["tools/analyze_experts.py", "--run", "runs/moe", "--output", "tokenizer.json"], "File exists"),
         (["tools/analyze_experts.py", "--run", "runs/moe", "--data", "a=nowhere"], "nowhere"),
+        (
+            ["tools/generate.py", "--run", "runs/moe", "--prompt", "x", "--top-p", "0.5"],
+            "needs a --temperature above 0",
+        ),
         (["tools/analyze_experts.py", "--run", "nowhere"], "nowhere/config.yaml: No such file"),
     ],
 )

@@ -69,6 +69,7 @@ def test_the_readme_loads_it_with_plain_transformers(runs: Path, monkeypatch: py
     exec(code.replace("hf/NAME", "exported"), found)
     tokens = torch.arange(24)[None]
     expected = hugging_face.load(runs / "exported").model(tokens).last_hidden_state
+    assert found["logits"].shape == (1, 3, 320)
     torch.testing.assert_close(found["model"].eval()(tokens).last_hidden_state, expected, atol=1e-5, rtol=0)
 
 

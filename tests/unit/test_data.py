@@ -13,7 +13,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import compose_config
 from megatron_moe.data import corpus
 from megatron_moe.data.corpus import prepare_python_stdlib, write_indexed
-from megatron_moe.data.dataset import BlendedDataset, PackedDataset, build_datasets, unigram_entropy
+from megatron_moe.data.dataset import BlendedDataset, PackedDataset, build_datasets, held_out_sources, unigram_entropy
 from megatron_moe.data.tokenizer import END_OF_SENTENCE, end_of_document, load_tokenizer, train_tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)] + ["", "naïve ☃ 𝛼"]
@@ -140,3 +140,8 @@ def test_the_standard_library_is_real_text_without_its_tests() -> None:
     assert "import" in documents["argparse.py"]
     assert not any("/test/" in f"/{name}" for name in documents)
     assert sum(map(len, documents.values())) > 5_000_000
+
+
+def test_random_tokens_are_no_held_out_text() -> None:
+    with pytest.raises(ConfigError, match="data.kind=mock: there is no held-out text"):
+        held_out_sources(compose_config(["data=mock"]), {})

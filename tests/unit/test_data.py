@@ -143,5 +143,5 @@ def test_the_standard_library_is_real_text_without_its_tests() -> None:
 
 
 def test_random_tokens_are_no_held_out_text() -> None:
-    with pytest.raises(ConfigError, match="data.kind=mock: there is no held-out text"):
+    with pytest.raises(ConfigError, match=r"data\.kind=mock: there is no held-out text"):
         held_out_sources(compose_config(["data=mock"]), {})

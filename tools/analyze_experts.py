@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.errors import ConfigError, exit_code_of
 from megatron_moe.distributed.accelerators import quiet
 
 Report = dict[str, Any]
@@ -39,25 +39,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-samples", type=int, default=128, help="sequences of each source (default: 128)")
     parser.add_argument("--output", type=Path, help="folder to write to (default: RUN/analysis, of the first run)")
     args = parser.parse_args(argv)
-    try:
-        if args.num_samples < 1:
-            raise ConfigError(f"--num-samples={args.num_samples}: must be positive")
-        folder = args.output or args.run[0] / "analysis"
-        if args.output or args.run[0].is_dir():
-            folder.mkdir(parents=True, exist_ok=True)
-        check_runs(args.run)
-        reports = [analyze_run(run, args) for run in args.run]
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_code_of(lambda: analyze_runs(args))
+
+
+def analyze_runs(args: argparse.Namespace) -> None:
+    """Take each run apart, write the reports and print the tables."""
+    if args.num_samples < 1:
+        raise ConfigError(f"--num-samples={args.num_samples}: must be positive")
+    check_runs(args.run)
+    folder = args.output or args.run[0] / "analysis"
+    folder.mkdir(parents=True, exist_ok=True)
+    reports = [analyze_run(run, args) for run in args.run]
     (folder / "experts.json").write_text(json.dumps(reports), encoding="utf-8")
     (folder / "experts.html").write_text(page(reports), encoding="utf-8")
     print_tables(reports)
     print(f"wrote {folder / 'experts.json'} and {folder / 'experts.html'}")
-    return 0
 
 
 def check_runs(folders: list[Path]) -> None:

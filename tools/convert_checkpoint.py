@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.errors import exit_code_of
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -45,15 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     args = _parser().parse_args(argv)
-    try:
-        print(convert(args))
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: print(convert(args)))
 
 
 def convert(args: argparse.Namespace) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.errors import ConfigError, exit_code_of
 from megatron_moe.distributed.accelerators import quiet
 
 
@@ -28,13 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json or its folder (default: the run's own)")
     args = parser.parse_args(argv)
-    try:
-        check(args)
-        print(text(args))
-    except ConfigError as error:
-        print(error.report(), file=sys.stderr)
-        return 2
-    return 0
+    return exit_code_of(lambda: print(text(args)))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -51,6 +45,7 @@ def check(args: argparse.Namespace) -> None:
 
 def text(args: argparse.Namespace) -> str:
     """The prompt and what follows, to the end of the document."""
+    check(args)
     quiet()
     from megatron_moe.data.tokenizer import end_of_document
     from megatron_moe.train.generate import generate

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.errors import ConfigError, exit_code_of
 from megatron_moe.distributed.accelerators import quiet
 
 
@@ -49,17 +49,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="path of the .bin and .idx without the ending")
     parser.add_argument("--field", default="text", help="field of a line that holds the text (default: text)")
     args = parser.parse_args(argv)
-    try:
-        num_documents, num_tokens = preprocess(args)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.output}: {num_documents:,} documents, {num_tokens:,} tokens")
-    return 0
+    return exit_code_of(lambda: preprocess(args))
 
 
-def preprocess(args: argparse.Namespace) -> tuple[int, int]:
-    """Write the dataset; returns documents and tokens."""
+def preprocess(args: argparse.Namespace) -> None:
+    """Write the dataset, and say what it holds."""
     quiet()
     from megatron_moe.data.corpus import write_indexed
     from megatron_moe.data.tokenizer import load_tokenizer
@@ -68,7 +62,8 @@ def preprocess(args: argparse.Namespace) -> tuple[int, int]:
     if all(path.stat().st_size == 0 for path in args.input):
         raise ConfigError(f"{', '.join(map(str, args.input))}: no documents")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    return write_indexed(documents(args.input, args.field), tokenizer, args.output)
+    num_documents, num_tokens = write_indexed(documents(args.input, args.field), tokenizer, args.output)
+    print(f"{args.output}: {num_documents:,} documents, {num_tokens:,} tokens")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,13 @@ def num_device_groups(model: ModelConfig, parallel: ParallelConfig) -> int:
     return model.num_device_groups or parallel.expert_model_parallel_size
 
 
+def experts_within_reach(model: ModelConfig) -> int:
+    """Routed experts that a token can select among: those of its devices where these are limited."""
+    if model.device_limit is None:
+        return model.num_experts
+    return model.num_experts * model.device_limit // model.num_device_groups
+
+
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     """Whether layer `layer` (from 0) has experts."""
     return layer >= model.num_dense_layers

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 
 class ConfigError(ValueError):
     """What the user asked for cannot be done.
@@ -17,3 +20,16 @@ class ConfigError(ValueError):
     def report(self) -> str:
         """The text for a terminal: one bullet a problem."""
         return "\n".join(f"error: {problem}" for problem in self.problems)
+
+
+def exit_code_of(command: Callable[[], None]) -> int:
+    """Run a tool's command: 0, or 2 where the user can mend what went wrong, which is told without a traceback."""
+    try:
+        command()
+    except ConfigError as error:
+        sys.stderr.write(f"{error.report()}\n")
+        return 2
+    except OSError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0

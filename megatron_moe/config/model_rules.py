@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_moe.config.derived import experts_within_reach
 from megatron_moe.config.rules import divides
 from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
 
@@ -104,7 +105,7 @@ def _device_groups(config: Config) -> Iterator[str]:
 
 def _device_limit(model: ModelConfig) -> Iterator[str]:
     limit, groups = model.device_limit, model.num_device_groups
-    within = limit * model.num_experts // groups
+    within = experts_within_reach(model)
     if limit > groups:
         yield f"model.device_limit={limit}: there are only model.num_device_groups={groups}"
     elif within < model.router_topk:

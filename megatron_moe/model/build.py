@@ -39,12 +39,16 @@ def build_model(
     chunks = build_chunks(config, mcore_config, pg_collection, device)
     for chunk in chunks:
         initialize(chunk, seed=config.train.seed, std=config.model.init_method_std)
-    if mcore_config.bf16:
-        chunks = [Float16Module(mcore_config, chunk) for chunk in chunks]
+    chunks = in_precision(chunks, mcore_config)
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
     )
     return [DistributedDataParallel(mcore_config, ddp_config, chunk, pg_collection=pg_collection) for chunk in chunks]
+
+
+def in_precision(chunks: list[GPTModel], mcore_config: TransformerConfig) -> list[torch.nn.Module]:
+    """The chunks in the type that they compute in."""
+    return [Float16Module(mcore_config, chunk) for chunk in chunks] if mcore_config.bf16 else chunks
 
 
 def build_chunks(

@@ -12,6 +12,7 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
+from megatron_moe.config.derived import experts_within_reach
 from megatron_moe.config.schema import Routing
 from megatron_moe.data.dataset import SequenceDataset
 from megatron_moe.plan.params import activated_params, total_params
@@ -92,7 +93,7 @@ def analyze(run: RestoredRun, sources: Mapping[str, SequenceDataset], num_sample
     }
     report["loss"] = _mean(source["loss"] for source in report["sources"].values())
     if model.num_experts and model.routing is Routing.topk:
-        report |= _interventions(run, sources, num_samples, report["loss"])
+        report |= _interventions(run, sources, num_samples)
     return report
 
 
@@ -111,17 +112,11 @@ def _of_source(run: RestoredRun, data: SequenceDataset, num_samples: int) -> dic
     }
 
 
-def _interventions(
-    run: RestoredRun, sources: Mapping[str, SequenceDataset], num_samples: int, unchanged: float
-) -> dict[str, Any]:
+def _interventions(run: RestoredRun, sources: Mapping[str, SequenceDataset], num_samples: int) -> dict[str, Any]:
     model = run.config.model
-    within_reach = (
-        model.num_experts * (model.device_limit or 1) // (model.num_device_groups if model.device_limit else 1)
-    )
+    within_reach = experts_within_reach(model)
 
     def loss(**changes: Any) -> float:
-        if changes in ({"num_masked": 0}, {"topk": model.router_topk}):
-            return unchanged
         with altered(run.pipeline, **changes):
             return _mean(_loss(run, data, num_samples) for data in sources.values())
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from megatron.core.transformer.module import Float16Module
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import Config, ParallelConfig
 from megatron_moe.data.tokenizer import load_tokenizer
 from megatron_moe.distributed.context import distributed
-from megatron_moe.model.build import build_chunks
+from megatron_moe.model.build import build_chunks, in_precision
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.model.transformer_config import transformer_config
 from megatron_moe.train.step import Pipeline
@@ -74,9 +73,8 @@ def restored(folder: Path) -> Iterator[RestoredRun]:
     checkpoint = find_checkpoint(folder)
     with distributed(config.parallel) as context:
         mcore_config = transformer_config(config, grouped_gemm=use_transformer_engine())
-        model = build_chunks(config, mcore_config, context.pg_collection, context.device)
-        if mcore_config.bf16:
-            model = [Float16Module(mcore_config, chunk) for chunk in model]
+        chunks = build_chunks(config, mcore_config, context.pg_collection, context.device)
+        model = in_precision(chunks, mcore_config)
         load_weights(model, checkpoint, config.model)
         for chunk in model:
             chunk.eval()

@@ -68,7 +68,7 @@ def check_runs(folders: list[Path]) -> None:
 
 def analyze_run(folder: Path, args: argparse.Namespace) -> Report:
     """Restore a run and take it apart."""
-    from megatron_moe.data.dataset import held_out_sources
+    from megatron_moe.data.sources import held_out_sources
     from megatron_moe.train.expert_analysis import analyze
     from megatron_moe.train.restore import restored
 

@@ -1,69 +1,137 @@
-"""Tokenize JSONL into an indexed dataset for `data=blend`.
+"""Tokenize text into an indexed dataset for `data=blend`; after a kill the same command goes on.
 
-python tools/preprocess_data.py --input docs.jsonl --tokenizer tokenizer.json --output PREFIX
+python tools/preprocess_data.py --input FILES|FOLDER|GLOB --tokenizer DIR --output PREFIX
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
-from collections.abc import Iterator
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_moe.config.errors import ConfigError, exit_code_of
-from megatron_moe.distributed.accelerators import quiet
+from megatron_moe.metrics.throughput import format_duration
 
+if TYPE_CHECKING:
+    from megatron_moe.data.preprocess import Job, Progress
 
-def documents(paths: list[Path], field: str) -> Iterator[str]:
-    """The text of each line of each file; blank lines hold none.
-
-    Raises:
-        ConfigError: a line is no UTF-8, or no JSON object with a text in `field`.
-    """
-    for path in paths:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _text(path, number, line, field)
-
-
-def _text(path: Path, number: int, line: bytes, field: str) -> str:
-    try:
-        text = json.loads(line)[field]
-        str(text).encode()  # JSON can spell halves of characters, which no tokenizer takes
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}:{number}: no JSON object with the field {field!r} ({error})") from None
-    if not isinstance(text, str):
-        raise ConfigError(f"{path}:{number}: field {field!r} is {type(text).__name__}, not text")
-    return text
+SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSONL files, in order")
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or glob patterns")
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json, or its folder")
-    parser.add_argument("--output", type=Path, required=True, help="path of the .bin and .idx without the ending")
-    parser.add_argument("--field", default="text", help="field of a line that holds the text (default: text)")
+    parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="path of the dataset, no ending")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    parser.add_argument("--field", default="text", help="of a JSON object or row that holds the text (default: text)")
+    parser.add_argument(
+        "--end-of-document",
+        metavar="TOKEN",
+        help="token after each document (default: the tokenizer's end of sentence), or none",
+    )
+    parser.add_argument("--format", choices=["jsonl", "parquet", "text"], help="of the files (default: by ending)")
+    parser.add_argument("--text-lines", action="store_true", help="documents of text files are lines, not files")
+    parser.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="at a record that is no document: stop (default), or leave it out and count it",
+    )
     args = parser.parse_args(argv)
     return exit_code_of(lambda: preprocess(args))
 
 
 def preprocess(args: argparse.Namespace) -> None:
     """Write the dataset, and say what it holds."""
-    quiet()
-    from megatron_moe.data.corpus import write_indexed
-    from megatron_moe.data.tokenizer import load_tokenizer
+    from megatron_moe.data.preprocess import preprocess as run
 
+    job = job_of(args)
+    with ProgressDisplay(sum(source.path.stat().st_size for source in job.sources)) as display:
+        manifest = run(job, display)
+    skipped = ", ".join(f"{count:,} {kind}" for kind, count in manifest.skipped.items())
+    print(
+        f"{args.output}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+        f"{manifest.text_bytes:,} bytes of text" + (f"; left out: {skipped}" if skipped else "")
+    )
+
+
+def job_of(args: argparse.Namespace) -> Job:
+    """What the arguments ask for.
+
+    Raises:
+        ConfigError: a file is missing, or an argument makes no sense.
+    """
+    from megatron_moe.data.preprocess import Job
+    from megatron_moe.data.text_files import Format, Reading, find_sources
+    from megatron_moe.data.tokenizer import end_of_document, load_tokenizer
+
+    if args.workers < 1:
+        raise ConfigError(f"--workers={args.workers}: must be at least 1")
     tokenizer = load_tokenizer(args.tokenizer)
-    if all(path.stat().st_size == 0 for path in args.input):
-        raise ConfigError(f"{', '.join(map(str, args.input))}: no documents")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    num_documents, num_tokens = write_indexed(documents(args.input, args.field), tokenizer, args.output)
-    print(f"{args.output}: {num_documents:,} documents, {num_tokens:,} tokens")
+    end = None if args.end_of_document == "none" else end_of_document(tokenizer, args.end_of_document)
+    return Job(
+        sources=find_sources(args.input, Format(args.format) if args.format else None),
+        reading=Reading(field=args.field, text_lines=args.text_lines),
+        tokenizer=args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer,
+        end_of_document=end,
+        output=args.output,
+        skip=args.on_error == "skip",
+        workers=args.workers,
+    )
+
+
+class ProgressDisplay:
+    """A bar on a terminal, else a line now and then: documents, tokens and bytes a second, and the time left."""
+
+    def __init__(self, total_bytes: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        console = Console(stderr=True)
+        columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
+        self.bar = Progress(*columns, console=console) if console.is_terminal else None
+        self.task = self.bar.add_task("starting", total=total_bytes) if self.bar else None
+        self.total_bytes = total_bytes
+        self.first: tuple[float, int, int, int] | None = None
+        self.last_line = time.monotonic()
+
+    def __enter__(self) -> ProgressDisplay:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def __call__(self, progress: Progress, bytes_read: int) -> None:
+        """Show where the work stands; the first call is where it starts."""
+        now = (time.monotonic(), progress.documents, progress.tokens, bytes_read)
+        self.first = self.first or now
+        text = rates(self.first, now, self.total_bytes)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=bytes_read, description=text)
+        elif now[0] - self.last_line > SECONDS_BETWEEN_LINES:
+            self.last_line = now[0]
+            print(f"{bytes_read / self.total_bytes:.0%} | {text}", file=sys.stderr, flush=True)
+
+
+def rates(first: tuple[float, int, int, int], now: tuple[float, int, int, int], total_bytes: int) -> str:
+    """Speed between two moments (seconds, documents, tokens, bytes), and the time left at this speed."""
+    seconds, documents, tokens, size = (b - a for a, b in zip(first, now, strict=True))
+    seconds = max(seconds, 1e-9)
+    left = format_duration((total_bytes - now[3]) * seconds / size) if size else "?"
+    return (
+        f"{documents / seconds:,.0f} documents/s | {tokens / seconds:,.0f} tokens/s | "
+        f"{size / seconds / 1e6:.1f} MB/s | {left} left"
+    )
 
 
 if __name__ == "__main__":

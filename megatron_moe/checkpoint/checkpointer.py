@@ -17,7 +17,9 @@ from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 
 from megatron_moe.checkpoint.run_folder import find_checkpoint, plain, read_json, saved_config, saved_steps
 from megatron_moe.checkpoint.state import TrainState
+from megatron_moe.config.derived import source_name
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import Config, ModelConfig
 from megatron_moe.optim.optimizer import load_state
 
@@ -27,8 +29,8 @@ FIXED_OPTIONS = (
     "data.kind",
     "data.seed",
     "data.sequence_length",
-    "data.train",
     "data.valid_fraction",
+    "data.test_fraction",
     "data.tokenizer_vocab_size",
     "precision.dtype",
     "train.seed",
@@ -55,12 +57,15 @@ FREE_OPTIONS = {
 class Checkpointer:
     """Checkpoints of one run, in `checkpoints/step_NNNNNNNN` of its folder.
 
+    `fingerprints` are those of the training data, by source.
+
     A save is written beside its final name, which it gets when every rank has finished: what has that name is whole.
     """
 
     config: Config
     model: list[DistributedDataParallel]
     optimizer: ChainedOptimizer
+    fingerprints: dict[str, str]
 
     @property
     def folder(self) -> Path:
@@ -80,6 +85,7 @@ class Checkpointer:
             description = {
                 **dataclasses.asdict(state),
                 "world_size": dist.get_world_size(),
+                "data": self.fingerprints,
                 "config": plain(self.config),
             }
             (partial / "state.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
@@ -112,6 +118,7 @@ class Checkpointer:
                 f"checkpoint.init_from={self.config.run.dir} and another run.name"
             )
         check_same_run(saved_options, self.config)
+        check_same_data(description.get("data", self.fingerprints), self.fingerprints, saved[-1])
         same_ranks = description["world_size"] == dist.get_world_size()
         request = self.sharded_state_dict(is_loading=True, with_rng=same_ranks)
         loaded = dist_checkpointing.load(request, str(saved[-1]))
@@ -190,8 +197,32 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
         for option in _leaves(now, name)
         if _lookup(saved, option) != _lookup(now, option)
     ]
+    mixes = [mix(from_plain(saved)), mix(config)]
+    if mixes[0] != mixes[1]:
+        problems.append(f"data.train weights {mixes[1]}: {config.run.dir} was trained with {mixes[0]}")
     if problems:
         raise ConfigError(*(f"{problem}; start another run with run.name=NEW" for problem in problems))
+
+
+def mix(config: Config) -> dict[str, float]:
+    """Weights of the training sources by name. Their paths may change: what they hold is compared."""
+    return {source_name(source): source.weight for source in config.data.train}
+
+
+def check_same_data(saved: dict[str, str], now: dict[str, str], checkpoint: Path) -> None:
+    """Refuse to go on with other documents than a checkpoint's, even under the same path.
+
+    Raises:
+        ConfigError: with one line per source that differs.
+    """
+    problems = [
+        f"data {name}: holds other documents than when {checkpoint} was saved (fingerprint {digest[:12]}..., then "
+        f"{saved.get(name, 'none')[:12]}...); restore them, or start another run with run.name=NEW"
+        for name, digest in now.items()
+        if saved.get(name) != digest
+    ]
+    if problems:
+        raise ConfigError(*problems)
 
 
 def changed_options(saved: dict[str, Any], config: Config) -> list[str]:

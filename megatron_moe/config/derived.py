@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_moe.config.schema import Config, ModelConfig, ParallelConfig
+from pathlib import Path
+
+from megatron_moe.config.schema import Config, DataSource, ModelConfig, ParallelConfig
 
 
 def num_chunks(parallel: ParallelConfig) -> int:
@@ -91,3 +93,8 @@ def experts_within_reach(model: ModelConfig) -> int:
 def is_moe_layer(model: ModelConfig, layer: int) -> bool:
     """Whether layer `layer` (from 0) has experts."""
     return layer >= model.num_dense_layers
+
+
+def source_name(source: DataSource) -> str:
+    """What metrics call a source of data."""
+    return source.name or Path(source.path).name

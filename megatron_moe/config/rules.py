@@ -22,7 +22,7 @@ POSITIVE = {
         "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
         "timeout_minutes"
     ),
-    "data": "sequence_length tokenizer_vocab_size valid_fraction",
+    "data": "sequence_length tokenizer_vocab_size",
     "optimizer": "lr adam_eps clip_grad",
     "train": "train_steps exit_step global_batch_size micro_batch_size",
     "train.batch_ramp": "start increment tokens",
@@ -39,9 +39,13 @@ NOT_NEGATIVE = {
     "optimizer": "weight_decay",
     "scheduler": "warmup_steps decay_factor",
     "train": "seed",
-    "data": "seed",
+    "data": "seed num_workers",
 }
-BELOW_ONE = {"model": "undropped_fraction", "optimizer": "adam_beta1 adam_beta2", "data": "valid_fraction"}
+BELOW_ONE = {
+    "model": "undropped_fraction",
+    "optimizer": "adam_beta1 adam_beta2",
+    "data": "valid_fraction test_fraction",
+}
 
 
 def divisors(number: int) -> str:

@@ -149,18 +149,31 @@ class PrecisionConfig:
 
 @dataclass(kw_only=True)
 class DataSource:
-    """One indexed dataset: the path of its .bin and .idx without the ending, and its share of the samples."""
+    """One indexed dataset: the path of its .bin and .idx without the ending, and its share of the samples.
+
+    `name` is what metrics call it; null: the last part of the path.
+    """
 
     path: str = MISSING
     weight: float = 1.0
+    name: str | None = None
 
 
 @dataclass(kw_only=True)
 class DataConfig:
     """Training and held-out tokens.
 
-    `train`, `valid` and `tokenizer` (the file that made the ids; copied to the run) are for `blend`,
-    `tokenizer_vocab_size` and `valid_fraction` for `python_stdlib`.
+    For `blend`: `train`, `valid` and `test`, or instead of one of the latter the share of each training source's
+    documents that is dealt out to it, `valid_fraction` or `test_fraction`; and `tokenizer`, the file that made the ids,
+    copied to the run (null: the one beside the first training source). For `python_stdlib`: `tokenizer_vocab_size` and
+    `valid_fraction`.
+
+    `eod_mask_loss`: no loss where the target begins another document. `reset_position_ids`: positions count from the
+    beginning of a document. `reset_attention_mask`: attention stays within a document.
+
+    `cache_dir`: of the orders of samples and of `python_stdlib`, for all nodes; `local_cache_dir`: on each node, for a
+    copy of the orders (null: none). `num_workers`: processes of each rank that read ahead; 0: it reads by itself.
+    `record_samples`: write the number and digest of each sample to `samples/` in the run's folder.
     """
 
     kind: DataKind = DataKind.python_stdlib
@@ -171,7 +184,15 @@ class DataConfig:
     valid_fraction: float = 0.05
     train: list[DataSource] = field(default_factory=list)
     valid: list[DataSource] = field(default_factory=list)
+    test: list[DataSource] = field(default_factory=list)
+    test_fraction: float = 0.0
     tokenizer: str | None = None
+    eod_mask_loss: bool = False
+    reset_position_ids: bool = False
+    reset_attention_mask: bool = False
+    local_cache_dir: str | None = None
+    num_workers: int = 0
+    record_samples: bool = False
 
 
 @dataclass(kw_only=True)
@@ -222,7 +243,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
-    """Loss on held-out data every `interval` steps and at the end, over `num_samples` sequences (null: all)."""
+    """Loss on held-out data every `interval` steps and at the end, of each source over `num_samples` (null: all)."""
 
     interval: int = 100
     num_samples: int | None = None

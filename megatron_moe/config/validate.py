@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,11 +13,12 @@ from megatron_moe.config.derived import (
     model_parallel_size,
     num_chunks,
     required_world_size,
+    source_name,
 )
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.model_rules import model_problems
 from megatron_moe.config.rules import divides, divisors, lookup, wrong_signs
-from megatron_moe.config.schema import Config, DataKind
+from megatron_moe.config.schema import Config, DataConfig, DataKind, DataSource
 
 
 def validate(config: Config, launched: int | None) -> int:
@@ -215,6 +217,8 @@ def _data(config: Config) -> Iterator[str]:
             yield (
                 f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: must not exceed model.vocab_size={vocab_size}"
             )
+        if data.valid_fraction == 0:
+            yield "data.valid_fraction=0.0: must be above 0 with data=python_stdlib"
         if data.tokenizer_vocab_size < 260:
             yield (
                 f"data.tokenizer_vocab_size={data.tokenizer_vocab_size}: a byte-level tokenizer needs at least 260 "
@@ -223,15 +227,31 @@ def _data(config: Config) -> Iterator[str]:
     if data.kind is DataKind.blend:
         if not data.train:
             yield "data.train=[]: data=blend needs at least one {path: PREFIX, weight: W}"
-        for name, sources in (("train", data.train), ("valid", data.valid)):
-            yield from _source_problems(f"data.{name}", sources)
+        for name in ("train", "valid", "test"):
+            yield from _source_problems(f"data.{name}", getattr(data, name))
+        yield from _held_out_problems(data)
         if data.tokenizer is not None and not Path(data.tokenizer).is_file():
             yield f"data.tokenizer={data.tokenizer}: no such file; the tokenizer.json that made the ids, or null"
-    elif data.train or data.valid or data.tokenizer:
-        yield f"data.train, data.valid, data.tokenizer: only data=blend reads them; data.kind is {data.kind.value}"
+    elif data.train or data.valid or data.test or data.test_fraction or data.tokenizer:
+        yield (
+            "data.train, data.valid, data.test, data.test_fraction, data.tokenizer: only data=blend reads them; "
+            f"data.kind is {data.kind.value}"
+        )
 
 
-def _source_problems(option: str, sources: list) -> Iterator[str]:
+def _held_out_problems(data: DataConfig) -> Iterator[str]:
+    for part in ("valid", "test"):
+        share = getattr(data, f"{part}_fraction")
+        if share and getattr(data, part):
+            yield f"data.{part}_fraction={share}: must be 0 where data.{part} names datasets; give one of the two"
+    if data.valid_fraction + data.test_fraction >= 1:
+        yield (
+            f"data.valid_fraction={data.valid_fraction}, data.test_fraction={data.test_fraction}: must leave documents "
+            "to train on"
+        )
+
+
+def _source_problems(option: str, sources: list[DataSource]) -> Iterator[str]:
     for source in sources:
         missing = [
             f"{source.path}{ending}" for ending in (".bin", ".idx") if not Path(f"{source.path}{ending}").is_file()
@@ -241,8 +261,14 @@ def _source_problems(option: str, sources: list) -> Iterator[str]:
                 f"{option} path={source.path}: no such file: {', '.join(missing)}; give the path without its ending "
                 "(tools/preprocess_data.py writes both files)"
             )
-        if source.weight <= 0:
+        if not 0 < source.weight < math.inf:
             yield f"{option} path={source.path} weight={source.weight}: must be positive"
+    names = [source_name(source) for source in sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"{option} name={name}: of several datasets; give each its own with name=..., for the metrics"
+    for name in names:
+        if not re.fullmatch(r"[\w.=,+-]+", name):
+            yield f"{option} name={name!r}: letters, digits and any of _ . = , + - only (it is part of a metric)"
 
 
 def _schedule(config: Config) -> Iterator[str]:

@@ -6,47 +6,45 @@ import hashlib
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from filelock import FileLock
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
 from tokenizers import Tokenizer
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import DataConfig
+from megatron_moe.data.encode import Encoder
+from megatron_moe.data.indexed import IndexedWriter, Manifest, sha256_of, with_ending
 from megatron_moe.data.tokenizer import end_of_document, train_tokenizer
 
-FORMAT = 1  # of the cache; raised when the same sources would give other files
-ENCODE_BATCH = 256  # documents; bounds memory
+FORMAT = 2  # of the cache; raised when the same sources would give other files
 
 
-def write_indexed(documents: Iterable[str], tokenizer: Tokenizer, prefix: Path) -> tuple[int, int]:
-    """Tokenize documents, each ended by the end-of-sentence token, into `prefix`.bin and `prefix`.idx.
-
-    The files get their names when they are whole; until then they are `prefix`.partial.
-
-    Returns:
-        Documents and tokens written.
-
-    Source of the format: mcore 0.16.1, datasets/indexed_dataset.py; 16-bit ids when the vocabulary allows.
-    """
-    dtype = DType.optimal_dtype(tokenizer.get_vocab_size())
-    partial = f"{prefix}.partial"
-    builder = IndexedDatasetBuilder(get_bin_path(partial), dtype=dtype)
+def write_indexed(documents: Sequence[str], tokenizer: Tokenizer, prefix: Path) -> None:
+    """Tokenize documents, each ended by the end-of-sentence token, into the dataset `prefix` with its manifest."""
     end = end_of_document(tokenizer)
-    num_documents = num_tokens = 0
-    for batch in _batched(documents, ENCODE_BATCH):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            ids = np.array([*encoding.ids, end], dtype=dtype)
-            builder.add_document(torch.from_numpy(ids.astype(np.int64)), [len(ids)])
-            num_documents, num_tokens = num_documents + 1, num_tokens + len(ids)
-    builder.finalize(get_idx_path(partial))
-    for path_of in (get_bin_path, get_idx_path):
-        Path(path_of(partial)).replace(path_of(str(prefix)))
-    return num_documents, num_tokens
+    tokenizer_file = with_ending(prefix, "tokenizer.json")
+    tokenizer.save(str(tokenizer_file))
+    encoder = Encoder(tokenizer, end)
+    writer = IndexedWriter(prefix, encoder.dtype)
+    ids, lengths = encoder(documents)
+    writer.append(ids, lengths)
+    writer.finish()
+    Manifest(
+        documents=len(lengths),
+        tokens=len(ids),
+        text_bytes=sum(len(document.encode(errors="replace")) for document in documents),
+        largest_id=int(ids.max(initial=0)),
+        vocab_size=encoder.vocab_size,
+        end_of_document=end,
+        tokenizer_sha256=sha256_of(tokenizer_file),
+        bin_sha256=sha256_of(with_ending(prefix, "bin")),
+        idx_sha256=sha256_of(with_ending(prefix, "idx")),
+        sources=[],
+        options={},
+        skipped={},
+    ).write(with_ending(prefix, "manifest.json"))
 
 
 def prepare_python_stdlib(data: DataConfig) -> Path:
@@ -56,7 +54,7 @@ def prepare_python_stdlib(data: DataConfig) -> Path:
     the folder: one builds it, the others wait.
 
     Returns:
-        A folder with tokenizer.json and the indexed files train and valid.
+        A folder with the indexed datasets train and valid.
     """
     documents = _stdlib_documents()
     folder = Path(data.cache_dir) / f"python_stdlib-{_digest(documents, data)[:16]}"
@@ -77,7 +75,6 @@ def _build(documents: list[tuple[str, str]], data: DataConfig, folder: Path) -> 
     tokenizer = train_tokenizer(train, data.tokenizer_vocab_size)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        tokenizer.save(str(partial / "tokenizer.json"))
         write_indexed(train, tokenizer, partial / "train")
         write_indexed(valid, tokenizer, partial / "valid")
         partial.rename(folder)
@@ -108,14 +105,3 @@ def _digest(documents: list[tuple[str, str]], data: DataConfig) -> str:
         digest.update(f"\0{name}\0{len(text)}\0".encode())
         digest.update(text.encode("utf-8", errors="replace"))
     return digest.hexdigest()
-
-
-def _batched(items: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

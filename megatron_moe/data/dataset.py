@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from struct import Struct
 from typing import Protocol
 
 import numpy as np
-from megatron.core.datasets import helpers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_moe.config.derived import samples_before
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.schema import Config, DataKind, DataSource
-from megatron_moe.data.corpus import prepare_python_stdlib
+from megatron_moe.data.cache import ArrayCache
+from megatron_moe.data.indexed import HEADER, MAGIC, TYPE_CODES, Manifest, read_manifest, with_ending
+from megatron_moe.data.order import draw_epoch, period_of, turns
+
+LOOKED_AT = 64 * 2**20  # bytes of the ids that a fingerprint covers, spread over the file
 
 
 class SequenceDataset(Protocol):
@@ -25,93 +26,251 @@ class SequenceDataset(Protocol):
 
     def __getitem__(self, index: int) -> np.ndarray: ...
 
+    def document_lengths(self, index: int) -> np.ndarray:
+        """Tokens of a sequence that come from one document, in order; they add up to sequence_length + 1."""
+        ...
+
 
 @dataclass(frozen=True)
-class EpochOrder:
-    """How an epoch goes through the data.
+class IndexedFiles:
+    """An indexed dataset that was looked at, by one process for all.
 
     Attributes:
-        documents: their order, [documents].
-        cuts: (index into that order, offset in tokens) where each sequence begins, [sequences + 1, 2].
-        sequences: their order, [sequences].
+        prefix: its path without ending.
+        fingerprint: of its lengths and of LOOKED_AT bytes of its ids, all where it has no more.
+        num_documents: in it.
+        largest_id: by its manifest, or of the bytes looked at.
+        manifest: None if it has none.
     """
 
-    documents: np.ndarray
-    cuts: np.ndarray
-    sequences: np.ndarray
+    prefix: str
+    fingerprint: str
+    num_documents: int
+    largest_id: int
+    manifest: Manifest | None
+
+    @property
+    def tokens_per_byte(self) -> float | None:
+        """Of its text in UTF-8; None where no manifest says how long that was."""
+        known = self.manifest is not None and self.manifest.text_bytes
+        return self.manifest.tokens / self.manifest.text_bytes if known else None
+
+
+def examine(prefix: str) -> IndexedFiles:
+    """Look at a dataset before use.
+
+    Raises:
+        ConfigError: it is damaged, empty, or its files do not belong together.
+    """
+    dataset = open_indexed(prefix)
+    itemsize = np.dtype(dataset.index.dtype).itemsize
+    ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64) * itemsize
+    starts = np.concatenate(([0], ends[:-1]))
+    if dataset.sequence_lengths.min() < 0 or not np.array_equal(dataset.index.sequence_pointers, starts):
+        raise ConfigError(f"{prefix}.idx: does not name documents one after another; it is damaged")
+    manifest = read_manifest(prefix)
+    num_tokens = int(ends[-1]) // itemsize
+    if manifest is not None and (manifest.documents, manifest.tokens) != (len(dataset), num_tokens):
+        raise ConfigError(
+            f"{prefix}.manifest.json: tells of {manifest.documents:,} documents and {manifest.tokens:,} tokens where "
+            f"{prefix}.idx has {len(dataset):,} and {num_tokens:,}; they do not belong together"
+        )
+    fingerprint, largest_id = _look_at(prefix, dataset.index.dtype)
+    if manifest is not None:
+        largest_id = max(largest_id, manifest.largest_id)
+    return IndexedFiles(prefix, fingerprint, len(dataset), largest_id, manifest)
+
+
+def _look_at(prefix: str, dtype: type[np.number]) -> tuple[str, int]:
+    """Fingerprint, and largest id seen."""
+    with with_ending(prefix, "idx").open("rb") as index:
+        digest = hashlib.file_digest(index, "sha256")
+    path, largest, block = with_ending(prefix, "bin"), 0, 2**20
+    size = path.stat().st_size
+    num_blocks = min(-(-size // block), LOOKED_AT // block)
+    with path.open("rb") as ids:
+        for i in range(num_blocks):
+            ids.seek(i * (-(-size // block)) // num_blocks * block)
+            data = ids.read(block)
+            digest.update(data)
+            largest = max(largest, int(np.frombuffer(data, dtype).max()))
+    return digest.hexdigest(), largest
+
+
+def open_indexed(prefix: str) -> IndexedDataset:
+    """Open `prefix`.bin and `prefix`.idx, once their sizes agree with what the index says.
+
+    Raises:
+        ConfigError: they are damaged, empty, or do not belong together.
+
+    Source of the format: mcore 0.16.1, datasets/indexed_dataset.py, _IndexWriter.
+    """
+    index, ids = with_ending(prefix, "idx"), with_ending(prefix, "bin")
+    if missing := [str(path) for path in (index, ids) if not path.is_file()]:
+        raise ConfigError(f"{prefix}: no such file: {', '.join(missing)}")
+    with index.open("rb") as file:
+        start = file.read(HEADER.size)
+    if len(start) < HEADER.size or not start.startswith(MAGIC):
+        raise ConfigError(f"{index}: is no index of an indexed dataset")
+    _, version, code, sequences, boundaries = HEADER.unpack(start)
+    if version != 1 or code not in TYPE_CODES:
+        raise ConfigError(f"{index}: version {version}, type of ids {code}: neither is known; it is damaged")
+    _check_size(index, HEADER.size + 12 * sequences + 8 * boundaries)
+    if ids.stat().st_size == 0 or sequences == 0:
+        raise ConfigError(f"{ids}: holds no tokens")
+    dataset = IndexedDataset(prefix)
+    num_tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
+    _check_size(ids, num_tokens * np.dtype(dataset.index.dtype).itemsize)
+    return dataset
+
+
+def _check_size(path: Path, expected: int) -> None:
+    if path.stat().st_size != expected:
+        raise ConfigError(
+            f"{path}: has {path.stat().st_size} bytes where its index describes {expected}; it is damaged"
+        )
 
 
 class PackedDataset:
-    """The documents of one indexed dataset, put end to end and cut into sequences.
+    """Documents of one indexed dataset, put end to end and cut into sequences.
 
     Each epoch has its own order of documents and then of sequences, so that a sample is a function of seed and number.
-    The order is held in memory, 24 bytes a sequence and 4 a document.
+
+    Args:
+        files: looked at.
+        documents: numbers of those that belong to it, rising; None: all.
+        sequence_length: of a sample, which has one token more.
+        vocab_size: that every id is below.
+        seed: of the orders.
+        cache: where these lie.
 
     Raises:
-        ConfigError: the files are no indexed dataset, or too short for one sequence.
+        ConfigError: there is not enough for one sequence; and, at a sample, an id is too large.
     """
 
-    def __init__(self, prefix: str, sequence_length: int, *, seed: int) -> None:
-        self.documents = open_indexed(prefix)
+    def __init__(
+        self,
+        files: IndexedFiles,
+        documents: np.ndarray | None,
+        *,
+        sequence_length: int,
+        vocab_size: int,
+        seed: int,
+        cache: ArrayCache,
+    ) -> None:
+        self.files = files
         self.sequence_length = sequence_length
+        self.vocab_size = vocab_size
         self.seed = seed
-        self.num_tokens = int(self.documents.sequence_lengths.sum(dtype=np.int64))
+        self._cache = cache
+        self._indexed = open_indexed(files.prefix)
+        self._documents = documents
+        self._part = "all" if documents is None else hashlib.sha256(documents.tobytes()).hexdigest()
+        lengths = self._indexed.sequence_lengths if documents is None else self._indexed.sequence_lengths[documents]
+        self.num_tokens = int(lengths.sum(dtype=np.int64))
         if len(self) < 1:
             raise ConfigError(
-                f"{prefix}: holds {self.num_tokens} tokens, fewer than one sequence of data.sequence_length="
-                f"{sequence_length} and its target"
+                f"{files.prefix}: {len(lengths)} documents with {self.num_tokens} tokens, fewer than one "
+                f"sequence of data.sequence_length={sequence_length} and its target"
             )
-        self._orders: dict[int, EpochOrder] = {}
+        self._orders: dict[int, dict[str, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return (self.num_tokens - 1) // self.sequence_length
 
     def __getitem__(self, index: int) -> np.ndarray:
+        ids = np.concatenate([self._indexed.get(*part) for part in self._parts(index)])
+        if (largest := ids.max()) >= self.vocab_size:
+            raise ConfigError(_too_large(self.files.prefix, int(largest), self.vocab_size))
+        return ids.astype(np.int64)
+
+    def document_lengths(self, index: int) -> np.ndarray:
+        """See SequenceDataset."""
+        return np.array([length for _, _, length in self._parts(index)])
+
+    def _parts(self, index: int) -> list[tuple[int, int, int]]:
+        """The pieces of documents that make up a sequence: document, offset, length."""
         epoch, position = divmod(index, len(self))
         order = self._order(epoch)
-        position = order.sequences[position]
-        (first, start), (last, end) = order.cuts[position], order.cuts[position + 1]
-        parts = [
-            self.documents.get(
-                int(order.documents[i]),
-                offset=int(start) if i == first else 0,
-                length=int(end) + 1 - (int(start) if i == first else 0) if i == last else None,
-            )
-            for i in range(first, last + 1)
-        ]
-        return np.concatenate(parts).astype(np.int64)
+        position = order["sequences"][position]
+        (first, start), (last, end) = order["cuts"][position : position + 2].tolist()
+        documents = order["documents"][first : last + 1]
+        starts = np.zeros(len(documents), dtype=np.int64)
+        ends = self._indexed.sequence_lengths[documents].astype(np.int64)
+        starts[0], ends[-1] = start, end + 1
+        pieces = zip(documents.tolist(), starts.tolist(), (ends - starts).tolist(), strict=True)
+        return [piece for piece in pieces if piece[2]]
 
-    def _order(self, epoch: int) -> EpochOrder:
+    def _order(self, epoch: int) -> dict[str, np.ndarray]:
         """Of an epoch; two are kept, for readers on both sides of a boundary."""
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
-            self._orders[epoch] = self._draw_order(epoch)
+            key = {
+                "fingerprint": self.files.fingerprint,
+                "documents": self._part,
+                "sequence_length": self.sequence_length,
+                "seed": self.seed,
+                "epoch": epoch,
+            }
+            self._orders[epoch] = self._cache.get("order", key, lambda: self._draw(epoch))
         return self._orders[epoch]
 
-    def _draw_order(self, epoch: int) -> EpochOrder:
-        random = np.random.default_rng((self.seed, epoch))
-        lengths = np.array(self.documents.sequence_lengths)
-        documents = random.permutation(len(lengths)).astype(np.int32)
-        cuts = helpers.build_sample_idx(lengths, documents, self.sequence_length, 1, self.num_tokens)
-        return EpochOrder(documents, cuts, random.permutation(len(self)))
+    def _draw(self, epoch: int) -> dict[str, np.ndarray]:
+        lengths = np.array(self._indexed.sequence_lengths)
+        documents = np.arange(len(lengths), dtype=np.int32) if self._documents is None else self._documents
+        return draw_epoch(lengths, documents, self.sequence_length, seed=self.seed, epoch=epoch)
+
+
+def check_vocabulary(files: IndexedFiles, vocab_size: int) -> None:
+    """Compare what is known of the ids with the model.
+
+    Raises:
+        ConfigError: one is too large for it.
+    """
+    if files.largest_id >= vocab_size:
+        raise ConfigError(_too_large(files.prefix, files.largest_id, vocab_size))
+
+
+def _too_large(prefix: str, largest: int, vocab_size: int) -> str:
+    return f"{prefix}: holds token id {largest}; model.vocab_size={vocab_size} must be larger than every id"
 
 
 class BlendedDataset:
-    """Several datasets in fixed shares: after any number of samples each has its share to within one sample."""
+    """Several datasets in fixed shares: after any number of samples each has its share to within one sample.
 
-    def __init__(self, datasets: Sequence[SequenceDataset], weights: Sequence[float], num_samples: int) -> None:
+    Raises:
+        ConfigError: a share is too small to come up.
+    """
+
+    def __init__(self, datasets: Sequence[SequenceDataset], weights: Sequence[float]) -> None:
         self.datasets = datasets
-        self.source = np.zeros(num_samples, dtype=np.int16)
-        self.position = np.zeros(num_samples, dtype=np.int64)
-        shares = np.array(weights, dtype=np.float64) / sum(weights)
-        helpers.build_blending_indices(self.source, self.position, shares, len(datasets), num_samples, False)
+        self.counts = period_of(weights)
+        if 0 in self.counts:
+            raise ConfigError(f"data.train weights {list(weights)}: the smallest is less than one sample in a million")
+        self._turns = turns(self.counts)
+        self._earlier = np.zeros(len(self._turns), dtype=np.int32)  # samples of the same source before, in the period
+        for source, count in enumerate(self.counts):
+            self._earlier[self._turns == source] = np.arange(count)
 
     def __len__(self) -> int:
-        return len(self.source)
+        """Samples until the first source begins its second epoch."""
+        period = len(self._turns)
+        return min(len(d) * period // count for d, count in zip(self.datasets, self.counts, strict=True))
 
     def __getitem__(self, index: int) -> np.ndarray:
-        index %= len(self)  # an evaluation may be rounded up to whole micro batches
-        return self.datasets[self.source[index]][int(self.position[index])]
+        source, number = self.place(index)
+        return self.datasets[source][number]
+
+    def document_lengths(self, index: int) -> np.ndarray:
+        """See SequenceDataset."""
+        source, number = self.place(index)
+        return self.datasets[source].document_lengths(number)
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which source a sample comes from, and its number there."""
+        period, position = divmod(index, len(self._turns))
+        source = int(self._turns[position])
+        return source, period * self.counts[source] + int(self._earlier[position])
 
 
 class MockDataset:
@@ -129,116 +288,32 @@ class MockDataset:
         random = np.random.default_rng((self.seed, index))
         return random.integers(self.vocab_size, size=self.sequence_length + 1)
 
+    def document_lengths(self, index: int) -> np.ndarray:
+        """See SequenceDataset."""
+        return np.array([self.sequence_length + 1])
 
-def open_indexed(prefix: str) -> IndexedDataset:
-    """Open `prefix`.bin and `prefix`.idx, once their sizes agree with what the index says.
 
-    Raises:
-        ConfigError: they are damaged, empty, or do not belong together.
+def unigram_entropy(samples: Sequence[tuple[SequenceDataset, int, float]]) -> float:
+    """Entropy in nats of the targets of a mixture: the loss of a model that knows only token frequencies.
 
-    Source of the format: mcore 0.16.1, datasets/indexed_dataset.py, _IndexWriter.
+    Args:
+        samples: of each source, how many of its first samples to count, and its weight.
     """
-    header = Struct("<9sQBQQ")  # magic, version, type of the ids, sequences, document boundaries
-    index, ids = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    if missing := [str(path) for path in (index, ids) if not path.is_file()]:
-        raise ConfigError(f"{prefix}: no such file: {', '.join(missing)}")
-    with index.open("rb") as file:
-        start = file.read(header.size)
-    if len(start) < header.size or not start.startswith(b"MMIDIDX"):
-        raise ConfigError(f"{index}: is no index of an indexed dataset")
-    *_, sequences, boundaries = header.unpack(start)
-    _check_size(index, header.size + 12 * sequences + 8 * boundaries)
-    if ids.stat().st_size == 0:
-        raise ConfigError(f"{ids}: holds no tokens")
-    dataset = IndexedDataset(prefix)
-    num_tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
-    _check_size(ids, num_tokens * np.dtype(dataset.index.dtype).itemsize)
-    return dataset
+    total: np.ndarray = np.zeros(0)
+    weights = sum(weight for _, _, weight in samples)
+    for dataset, num_samples, weight in samples:
+        counts = _frequencies(dataset, num_samples) * weight / weights
+        total, counts = sorted((total, counts), key=len)
+        counts[: len(total)] += total
+        total = counts
+    shares = total[total > 0]
+    return float(-(shares * np.log(shares)).sum())
 
 
-def _check_size(path: Path, expected: int) -> None:
-    if path.stat().st_size != expected:
-        raise ConfigError(
-            f"{path}: has {path.stat().st_size} bytes where its index describes {expected}; it is damaged"
-        )
-
-
-def build_datasets(config: Config) -> tuple[SequenceDataset, SequenceDataset | None]:
-    """Training and held-out sequences; the latter None if `data=blend` gives none.
-
-    Raises:
-        ConfigError: a dataset is too short, or holds ids beyond the vocabulary.
-    """
-    data = config.data
-    num_train = samples_before(config, config.train.train_steps)
-    if data.kind is DataKind.mock:
-        vocab_size, length = config.model.vocab_size, data.sequence_length
-        return MockDataset(vocab_size, length, seed=data.seed), MockDataset(vocab_size, length, seed=data.seed + 1)
-    if data.kind is DataKind.python_stdlib:
-        folder = prepare_python_stdlib(data)
-        train, valid = [DataSource(path=str(folder / "train"))], [DataSource(path=str(folder / "valid"))]
-    else:
-        train, valid = data.train, data.valid
-    return _blend(config, train, num_train), _held_out(config, valid)
-
-
-def held_out_sources(config: Config, paths: dict[str, str]) -> dict[str, SequenceDataset]:
-    """Held-out sequences by source: the indexed datasets at `paths`, by default those of a run.
-
-    Raises:
-        ConfigError: there are none, or one cannot be read.
-    """
-    if not paths and config.data.kind is DataKind.python_stdlib:
-        _, held_out = build_datasets(config)
-        return {config.data.kind.value: held_out}
-    sources = paths or {source.path: source.path for source in config.data.valid}
-    if not sources:
-        raise ConfigError(f"data.kind={config.data.kind.value}: there is no held-out text; name indexed datasets")
-    return {name: _blend(config, [DataSource(path=path)], 0) for name, path in sources.items()}
-
-
-def tokenizer_file(config: Config) -> Path | None:
-    """The tokenizer that made the ids, where it is known."""
-    data = config.data
-    if data.kind is DataKind.python_stdlib:
-        return prepare_python_stdlib(data) / "tokenizer.json"
-    return Path(data.tokenizer) if data.tokenizer else None
-
-
-def _blend(config: Config, sources: Sequence[DataSource], num_samples: int) -> SequenceDataset:
-    data = config.data
-    datasets = [PackedDataset(s.path, data.sequence_length, seed=data.seed) for s in sources]
-    for source, dataset in zip(sources, datasets, strict=True):
-        _check_vocabulary(config.model.vocab_size, source.path, dataset)
-    if len(datasets) == 1:
-        return datasets[0]
-    return BlendedDataset(datasets, [s.weight for s in sources], num_samples)
-
-
-def _held_out(config: Config, sources: Sequence[DataSource]) -> SequenceDataset | None:
-    if not sources:
-        return None
-    num_samples = config.evaluation.num_samples or sum(
-        len(PackedDataset(s.path, config.data.sequence_length, seed=0)) for s in sources
-    )
-    return _blend(config, sources, num_samples)
-
-
-def _check_vocabulary(vocab_size: int, path: str, dataset: PackedDataset) -> None:
-    """Look at the first sequences only: reading a whole corpus at start-up would take hours."""
-    largest = max(int(dataset[i].max()) for i in range(min(len(dataset), 64)))
-    if largest >= vocab_size:
-        raise ConfigError(
-            f"{Path(path)}: holds token id {largest}; model.vocab_size={vocab_size} must be larger than every id"
-        )
-
-
-def unigram_entropy(dataset: SequenceDataset, num_samples: int) -> float:
-    """Entropy in nats of the targets of the first samples: the loss of a model that knows only token frequencies."""
-    counts: np.ndarray = np.zeros(0, dtype=np.int64)
+def _frequencies(dataset: SequenceDataset, num_samples: int) -> np.ndarray:
+    counts: np.ndarray = np.zeros(0)
     for index in range(num_samples):
-        new = np.bincount(dataset[index][1:], minlength=len(counts))
+        new = np.bincount(dataset[index][1:], minlength=len(counts)).astype(float)
         new[: len(counts)] += counts
         counts = new
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    return counts / counts.sum()

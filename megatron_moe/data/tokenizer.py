@@ -41,13 +41,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise ConfigError(f"tokenizer {file}: {error}") from None
 
 
-def end_of_document(tokenizer: Tokenizer) -> int:
-    """Id of the token that ends a document.
+def end_of_document(tokenizer: Tokenizer, token: str | None = None) -> int:
+    """Id of the token that ends a document: `token`, or the tokenizer's end of sentence.
 
     Raises:
-        ConfigError: the tokenizer has no end-of-sentence token of a known name.
+        ConfigError: the tokenizer has no such token, or of none given no end of sentence of a known name.
     """
-    for name in (END_OF_SENTENCE, "</s>", "<|endoftext|>", "<|end_of_text|>"):
-        if (token := tokenizer.token_to_id(name)) is not None:
-            return token
-    raise ConfigError(f"tokenizer: no end-of-sentence token; one of {END_OF_SENTENCE}, </s>, <|endoftext|> is needed")
+    names = [token] if token is not None else [END_OF_SENTENCE, "</s>", "<|endoftext|>", "<|end_of_text|>"]
+    for name in names:
+        if (number := tokenizer.token_to_id(name)) is not None:
+            return number
+    raise ConfigError(f"tokenizer: has no end-of-sentence token {', '.join(names)}; --end-of-document names another")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,8 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import ParallelConfig
 from megatron_moe.distributed import cpu, launch, without_te
 from megatron_moe.distributed.accelerators import has_transformer_engine
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,23 @@ def distributed(parallel: ParallelConfig, *, init_method: str = "env://") -> Ite
     # Not after an error: the other ranks do not answer, and what went wrong must be told.
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def from_main(function: Callable[[], T]) -> T:
+    """What `function` gives on rank 0, on every rank; its ConfigError too. Without process groups, here."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return function()
+    answer: list[tuple[T | None, ConfigError | None]] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            answer = [(function(), None)]
+        except ConfigError as error:
+            answer = [(None, error)]
+    dist.broadcast_object_list(answer)
+    ((result, error),) = answer
+    if error is not None:
+        raise error
+    return result
 
 
 def _local_device() -> torch.device:

@@ -57,6 +57,15 @@ def progress_line(step: int, total_steps: int, metrics: Metrics) -> str:
     )
 
 
+def evaluation_line(step: int, metrics: Metrics) -> str:
+    """The mean and, of several sources or where the bytes of the text are known, each source's losses."""
+    means = [name for name in metrics if name.count("/") == 1]
+    by_source = [name for name in metrics if name.count("/") == 2]
+    if len([name for name in by_source if name.endswith("lm_loss")]) == 1:
+        by_source = [name for name in by_source if not name.endswith("lm_loss")]  # it is the mean
+    return " | ".join([f"step {step}", *(f"{name} {metrics[name]:.4f}" for name in means + by_source)])
+
+
 def _routing_text(metrics: Metrics) -> str:
     """Of a model with experts."""
     if "moe/max_violation" not in metrics:

@@ -15,8 +15,9 @@ from torch import Tensor
 class ScaledDotProductAttention(MegatronModule):
     """Causal self-attention with the interface of megatron-core's `DotProductAttention`.
 
-    It never holds the scores, takes keys and values of different widths (MLA), and under context parallelism attends
-    from this rank's two chunks of the sequence to the gathered keys and values.
+    It follows a mask that keeps it within documents, never holds the scores, takes keys and values of different widths
+    (MLA), and under context parallelism attends from this rank's two chunks of the sequence to the gathered keys and
+    values.
 
     Source of the chunk order: mcore 0.16.1, utils.py, get_batch_on_this_cp_rank.
     """
@@ -53,7 +54,8 @@ class ScaledDotProductAttention(MegatronModule):
             query: [s, b, heads, k_channels]; s is this rank's part under context parallelism.
             key: [s, b, heads, k_channels].
             value: [s, b, heads, v_channels].
-            attention_mask: unused, attention is causal over the whole sequence.
+            attention_mask: [b, 1, s, whole s] bool, True where attention is not allowed; None: causal over the whole
+                sequence.
             attn_mask_type: unused.
             attention_bias: None, not supported.
             packed_seq_params: None, not supported.
@@ -66,16 +68,18 @@ class ScaledDotProductAttention(MegatronModule):
             width = max(query.shape[-1], v_channels)
             query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
         if self.cp_group.size() == 1:
-            output = self._attend(query, key, value)
+            output = self._attend(query, key, value, attention_mask)
         else:
-            output = self._attend_from_chunks(query, key, value)
+            output = self._attend_from_chunks(query, key, value, attention_mask)
         return output[..., :v_channels].flatten(2)  # [s, b, h]
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Causal attention of the last tokens of a prefix, [s_q, b, a, d] to [s_k, b, a, d], s_q <= s_k."""
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Attention of the last tokens of a prefix, [s_q, b, a, d] to [s_k, b, a, d], s_q <= s_k."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, a, s, d]
         mask = None
-        if query.shape[2] != key.shape[2]:
+        if attention_mask is not None:
+            mask = ~attention_mask
+        elif query.shape[2] != key.shape[2]:
             mask = query.new_ones(query.shape[2], key.shape[2], dtype=torch.bool)
             mask = mask.tril(diagonal=key.shape[2] - query.shape[2])
         output = F.scaled_dot_product_attention(
@@ -83,14 +87,15 @@ class ScaledDotProductAttention(MegatronModule):
         )
         return output.permute(2, 0, 1, 3)  # [s, b, a, d]
 
-    def _attend_from_chunks(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_from_chunks(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
         size, rank = self.cp_group.size(), self.cp_group.rank()
         key, value = (self._gather_in_order(x) for x in (key, value))
         chunk = query.shape[0] // 2
         outputs = []
-        for part, index in zip(query.split(chunk), (rank, 2 * size - 1 - rank), strict=True):
+        masks = (None, None) if attention_mask is None else attention_mask.split(chunk, dim=2)
+        for part, mask, index in zip(query.split(chunk), masks, (rank, 2 * size - 1 - rank), strict=True):
             end = (index + 1) * chunk
-            outputs.append(self._attend(part, key[:end], value[:end]))
+            outputs.append(self._attend(part, key[:end], value[:end], None if mask is None else mask[..., :end]))
         return torch.cat(outputs)
 
     def _gather_in_order(self, x: Tensor) -> Tensor:

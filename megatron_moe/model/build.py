@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_moe.config.schema import Attention, Config
 from megatron_moe.distributed.accelerators import has_fused_weight_gradient
 from megatron_moe.model.layer_spec import block_spec, use_transformer_engine
+from megatron_moe.model.positions import PositionIds
 from megatron_moe.model.router import DeepSeekMoERouter, HashRouter, Router, router_builder
 from megatron_moe.model.transformer_config import transformer_config
 
@@ -74,9 +75,16 @@ def _build_chunk(
     pp_rank, pp_size = pg_collection.pp.rank(), pg_collection.pp.size()
     last_virtual = parallel.virtual_pipeline_model_parallel_size - 1
     is_mla = config.model.attention is Attention.mla
-    return GPTModel(
+    spec = block_spec(
+        mcore_config,
+        router_builder(config),
+        vp_stage=vp_stage,
+        pp_rank=pp_rank,
+        within_documents=config.data.reset_attention_mask,
+    )
+    chunk = GPTModel(
         config=mcore_config,
-        transformer_layer_spec=block_spec(mcore_config, router_builder(config), vp_stage=vp_stage, pp_rank=pp_rank),
+        transformer_layer_spec=spec,
         vocab_size=config.model.vocab_size,
         max_sequence_length=config.data.sequence_length,
         pre_process=pp_rank == 0 and vp_stage in (None, 0),
@@ -87,6 +95,9 @@ def _build_chunk(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    if config.data.reset_position_ids:
+        chunk.batch_position_ids = PositionIds(chunk)
+    return chunk
 
 
 @torch.no_grad()

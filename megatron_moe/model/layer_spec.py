@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moe.config.errors import ConfigError
 from megatron_moe.distributed.accelerators import has_transformer_engine
 from megatron_moe.distributed.without_te import ReplicatedLinear
 from megatron_moe.model.attention import ScaledDotProductAttention
@@ -23,10 +25,24 @@ def use_transformer_engine() -> bool:
 
 
 def block_spec(
-    config: TransformerConfig, router: Callable[..., Router], *, vp_stage: int | None, pp_rank: int
+    config: TransformerConfig,
+    router: Callable[..., Router],
+    *,
+    vp_stage: int | None,
+    pp_rank: int,
+    within_documents: bool = False,
 ) -> TransformerBlockSubmodules:
-    """The layers of one model chunk."""
+    """The layers of one model chunk.
+
+    Raises:
+        ConfigError: Transformer Engine cannot keep attention within documents under context parallelism.
+    """
     with_te = use_transformer_engine()
+    if with_te and within_documents and config.context_parallel_size > 1:
+        raise ConfigError(
+            f"data.reset_attention_mask=True: Transformer Engine has no such attention under context parallelism; "
+            f"parallel.context_parallel_size={config.context_parallel_size} must be 1"
+        )
     spec = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=with_te,
@@ -37,6 +53,8 @@ def block_spec(
     if not with_te:
         _replace_local_modules(spec)
     for layer in spec.layer_specs:
+        if within_documents:  # else Transformer Engine does not look at the mask
+            layer.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
         if hasattr(layer.submodules.mlp.submodules, "router"):
             layer.submodules.mlp.submodules.router = router
     return spec

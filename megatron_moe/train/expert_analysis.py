@@ -16,7 +16,7 @@ from megatron_moe.config.derived import experts_within_reach
 from megatron_moe.config.schema import Routing
 from megatron_moe.data.dataset import SequenceDataset
 from megatron_moe.plan.params import activated_params, total_params
-from megatron_moe.train.evaluate import held_out_loss, round_up
+from megatron_moe.train.evaluate import held_out_loss
 from megatron_moe.train.restore import RestoredRun
 from megatron_moe.train.step import Pipeline
 
@@ -78,7 +78,7 @@ def analyze(run: RestoredRun, sources: Mapping[str, SequenceDataset], num_sample
     Args:
         run: restored.
         sources: held-out sequences by name.
-        num_samples: sequences of each source; rounded up to whole micro batches.
+        num_samples: sequences of each source.
     """
     model = run.config.model
     report: dict[str, Any] = {
@@ -87,7 +87,7 @@ def analyze(run: RestoredRun, sources: Mapping[str, SequenceDataset], num_sample
         "checkpoint": run.checkpoint.name,
         "parameters": total_params(model),
         "activated_parameters": activated_params(model),
-        "num_samples": round_up(num_samples, run.pipeline),
+        "num_samples": num_samples,
         "moe_layers": list(range(model.num_dense_layers, model.num_layers)),
         "sources": {name: _of_source(run, data, num_samples) for name, data in sources.items()},
     }
@@ -102,7 +102,7 @@ def _of_source(run: RestoredRun, data: SequenceDataset, num_samples: int) -> dic
     with recorded(run.pipeline) as counts:
         loss = _loss(run, data, num_samples)
     digest = hashlib.sha256()
-    for index in range(round_up(num_samples, run.pipeline)):
+    for index in range(num_samples):
         digest.update(data[index].tobytes())
     return {
         "loss": loss,
@@ -134,7 +134,7 @@ def _interventions(run: RestoredRun, sources: Mapping[str, SequenceDataset], num
 
 
 def _loss(run: RestoredRun, data: SequenceDataset, num_samples: int) -> float:
-    return held_out_loss(run.pipeline, data, round_up(num_samples, run.pipeline), run.device)
+    return held_out_loss(run.pipeline, data, num_samples, run.config.data, run.device)
 
 
 def _mean(values: Iterator[float]) -> float:

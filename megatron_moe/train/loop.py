@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.core.optimizer import ChainedOptimizer
 
@@ -12,15 +14,16 @@ from megatron_moe.checkpoint.checkpointer import Checkpointer
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.config.derived import batch_size, num_micro_batches
 from megatron_moe.config.schema import Config
-from megatron_moe.data.dataset import SequenceDataset, build_datasets, unigram_entropy
+from megatron_moe.data.dataset import unigram_entropy
 from megatron_moe.data.sampler import micro_batches
+from megatron_moe.data.sources import Datasets, HeldOut, build_datasets
 from megatron_moe.distributed.context import DistributedContext
-from megatron_moe.metrics.logger import MetricLogger, Metrics, progress_line
+from megatron_moe.metrics.logger import MetricLogger, Metrics, evaluation_line, progress_line
 from megatron_moe.metrics.throughput import Throughput
 from megatron_moe.model.build import build_model
 from megatron_moe.optim.optimizer import build_optimizer, set_learning_rate
 from megatron_moe.optim.scheduler import learning_rate
-from megatron_moe.train.evaluate import held_out_loss, round_up
+from megatron_moe.train.evaluate import held_out_loss
 from megatron_moe.train.report import print_start, write_run_files
 from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
 from megatron_moe.train.step_metrics import step_metrics
@@ -32,8 +35,7 @@ class Run:
 
     config: Config
     context: DistributedContext
-    train_data: SequenceDataset
-    valid_data: SequenceDataset | None
+    datasets: Datasets
     pipeline: Pipeline
     optimizer: ChainedOptimizer
     checkpointer: Checkpointer
@@ -69,7 +71,7 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
     run = set_up(config, context)
     print_start(config, context, run.pipeline.model)
     if context.is_main:
-        write_run_files(config, overrides)
+        write_run_files(config, overrides, run.datasets.tokenizer)
     for change in run.changed_options:
         run.say(f"changed since the checkpoint: {change}")
     if config.checkpoint.init_from is not None and run.state.step == 0:
@@ -79,7 +81,7 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
     with _logger(run) as logger:
         batches = next_batches(run)
         throughput = Throughput()
-        valid_loss = None
+        evaluation: Metrics = {}
         while run.state.step < run.last_step:
             lr = learning_rate(config, run.state.step)
             result = _step(run, batches, lr)
@@ -88,33 +90,33 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
             throughput.count(samples * config.data.sequence_length)
 
             metrics: Metrics = {}
-            evaluates = run.valid_data is not None and run.is_due(config.evaluation.interval)
+            evaluates = run.is_due(config.evaluation.interval)
             if evaluates or run.is_due(config.logger.log_interval):
                 metrics |= _measure(run, result, lr, samples, throughput)
                 run.say(progress_line(run.state.step, config.train.train_steps, metrics))
             with throughput.paused():
                 if evaluates:
-                    valid_loss = metrics["valid/lm_loss"] = _evaluate(run)
+                    evaluation = _evaluate(run)
+                    metrics |= evaluation
                 if run.is_due(config.checkpoint.save_interval):
                     _save(run)
             if logger is not None and metrics:
                 logger.log(run.state.step, metrics)
 
-    _summarize(run, valid_loss)
+    _summarize(run, evaluation)
 
 
 def set_up(config: Config, context: DistributedContext) -> Run:
     """Build data, model and optimizer, and go to where the latest checkpoint left off."""
-    train_data, valid_data = build_datasets(config)
+    datasets = build_datasets(config)
     model = build_model(config, context.pg_collection, context.device)
     optimizer = build_optimizer(config, model, context.pg_collection)
-    checkpointer = Checkpointer(config, model, optimizer)
+    checkpointer = Checkpointer(config, model, optimizer, datasets.fingerprints)
     state, changed_options = checkpointer.load_latest()
     return Run(
         config=config,
         context=context,
-        train_data=train_data,
-        valid_data=valid_data,
+        datasets=datasets,
         pipeline=Pipeline(model, context.pg_collection, config.data.sequence_length, config.train.micro_batch_size),
         optimizer=optimizer,
         checkpointer=checkpointer,
@@ -133,14 +135,26 @@ def next_batches(run: Run) -> list[Batches]:
     """The micro batches from here on: one iterator over the same ones for each model chunk."""
     return [
         micro_batches(
-            run.train_data,
+            run.datasets.train,
             first_sample=run.state.consumed_samples,
             micro_batch_size=run.config.train.micro_batch_size,
+            options=run.config.data,
             pg_collection=run.context.pg_collection,
             device=run.context.device,
+            record=_record(run) if chunk == 0 else None,
         )
-        for _ in run.pipeline.model
+        for chunk in range(len(run.pipeline.model))
     ]
+
+
+def _record(run: Run) -> Path | None:
+    """Where this rank writes its samples, if asked for: one rank of those that read the same ones."""
+    groups = run.context.pg_collection
+    if not run.config.data.record_samples or any(group.rank() for group in (groups.tp, groups.cp, groups.pp)):
+        return None
+    path = Path(run.config.run.dir) / "samples" / f"rank_{run.context.rank:05}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    return path
 
 
 def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
@@ -161,14 +175,33 @@ def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: 
     }
 
 
-def _num_valid_samples(run: Run) -> int:
-    return round_up(run.config.evaluation.num_samples or len(run.valid_data), run.pipeline)
+def _num_samples(run: Run, source: HeldOut) -> int:
+    return min(run.config.evaluation.num_samples or len(source.sequences), len(source.sequences))
 
 
-def _evaluate(run: Run) -> float:
-    loss = held_out_loss(run.pipeline, run.valid_data, _num_valid_samples(run), run.context.device)
-    run.say(f"step {run.state.step} | valid/lm_loss {loss:.4f}")
-    return loss
+def _evaluate(run: Run) -> Metrics:
+    """Of the validation sets, and at the end of the training of the test sets."""
+    metrics = _losses(run, "valid", run.datasets.valid)
+    if run.state.step == run.config.train.train_steps:
+        metrics |= _losses(run, "test", run.datasets.test)
+    return metrics
+
+
+def _losses(run: Run, part: str, sources: list[HeldOut]) -> Metrics:
+    """Of each source, also per byte of its text as the paper reports it (table 2), and their weighted mean."""
+    metrics: Metrics = {}
+    total = 0.0
+    for source in sources:
+        count = _num_samples(run, source)
+        loss = held_out_loss(run.pipeline, source.sequences, count, run.config.data, run.context.device)
+        total += loss * source.weight
+        metrics[f"{part}/{source.name}/lm_loss"] = loss
+        if source.tokens_per_byte is not None:
+            metrics[f"{part}/{source.name}/bits_per_byte"] = loss / math.log(2) * source.tokens_per_byte
+    if sources:
+        metrics[f"{part}/lm_loss"] = total / sum(source.weight for source in sources)
+        run.say(evaluation_line(run.state.step, metrics))
+    return metrics
 
 
 def _save(run: Run) -> None:
@@ -177,21 +210,21 @@ def _save(run: Run) -> None:
     run.say(f"step {run.state.step} | saved {folder} in {time.perf_counter() - start:.1f} s")
 
 
-def _summarize(run: Run, valid_loss: float | None) -> None:
+def _summarize(run: Run, evaluation: Metrics) -> None:
     """The last lines: where the run stands, and its held-out loss beside what token frequencies alone give.
 
-    `valid_loss` is None where no step was left to train.
+    `evaluation` is of the last step, empty where no step was left to train.
     """
     train_steps = run.config.train.train_steps
     if run.state.step < train_steps:
         run.say(f"stopped at step {run.state.step:,} of {train_steps:,}; goes on with a larger train.exit_step or none")
         return
     run.say(f"finished {run.state.step:,} steps in {run.config.run.dir}; another run needs another run.name")
-    if run.valid_data is None:
+    if not run.datasets.valid:
         return
-    loss = _evaluate(run) if valid_loss is None else valid_loss
+    loss = (evaluation or _evaluate(run))["valid/lm_loss"]
     if run.context.is_main:
-        entropy = unigram_entropy(run.valid_data, _num_valid_samples(run))
+        entropy = unigram_entropy([(s.sequences, _num_samples(run, s), s.weight) for s in run.datasets.valid])
         run.say(f"held-out loss          {loss:.4f} nats per token")
         run.say(f"unigram entropy        {entropy:.4f} nats per token, of the same held-out tokens")
         run.say(f"below unigram entropy  {entropy - loss:.4f} nats")

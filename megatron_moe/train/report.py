@@ -27,7 +27,6 @@ from megatron_moe.config.derived import (
     samples_before,
 )
 from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
-from megatron_moe.data.dataset import tokenizer_file
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import paper_flops_per_token
@@ -38,10 +37,9 @@ from megatron_moe.train.step_metrics import memory_gib
 PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wandb")
 
 
-def write_run_files(config: Config, overrides: list[str]) -> None:
+def write_run_files(config: Config, overrides: list[str], tokenizer: Path | None) -> None:
     """Leave the resolved configuration, the overrides, the versions and the tokenizer in the run's folder."""
     folder = Path(config.run.dir)
-    tokenizer = tokenizer_file(config)
     if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.json").resolve():
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
     (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")

@@ -57,8 +57,7 @@ class RestoredRun:
         """Of the next token after each, [b, s] ids to [b, s, vocab_size]."""
         (model,) = self.pipeline.model
         positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
-        for router in self.pipeline.routers:
-            router.begin_micro_batch({"tokens": tokens, "sample_ids": positions[:, 0]})
+        self.pipeline.begin_micro_batch({"tokens": tokens, "position_ids": positions, "sample_ids": positions[:, 0]})
         return model(tokens, positions, None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -50,8 +50,8 @@ class Pipeline:
         """Forward, and backward unless `forward_only`, of `num_micro_batches` from one iterator per model chunk.
 
         Returns:
-            Sum of the language-model loss in nats, and number of targets, [2] float32; of this rank, 0 but on the last
-            pipeline stage. Balance losses are in the gradient only.
+            Sum of the language-model loss in nats, and number of targets that count, [2] float32; of this rank, 0 but
+            on the last pipeline stage. Balance losses are in the gradient only.
         """
         schedule = get_forward_backward_func(
             self.pg_collection.pp.size(), len(self.model) if len(self.model) > 1 else None
@@ -78,10 +78,18 @@ class Pipeline:
 
     def _forward_step(self, batches: Batches, model: DistributedDataParallel) -> tuple[Tensor, Any]:
         batch = next(batches)
-        for router in self.routers:
-            router.begin_micro_batch(batch)
-        losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return losses, _sum_loss
+        self.begin_micro_batch(batch)
+        losses = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
+        return losses, partial(_sum_loss, batch["loss_mask"])
+
+    def begin_micro_batch(self, batch: Batch) -> None:
+        """Tell the modules that work with more than their input which micro batch comes."""
+        for module in self._listeners:
+            module.begin_micro_batch(batch)
+
+    @cached_property
+    def _listeners(self) -> list[Any]:
+        return [m for chunk in self.model for m in chunk.modules() if hasattr(m, "begin_micro_batch")]
 
     def _communicator(self) -> P2PCommunicator:
         return P2PCommunicator(self.pg_collection.pp, get_model_config(self.model[0]))
@@ -103,8 +111,12 @@ def train_step(
     return StepResult(loss=loss, grad_norm=grad_norm, num_micro_batches=num_micro_batches)
 
 
-def _sum_loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of losses [b, s]: their sum, their number, and both detached for the report."""
-    total = losses.float().sum()
-    count = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
-    return total, count, torch.stack((total.detach(), count.float()))
+def _sum_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of losses [b, s]: the sum of those that count, what the gradient divides it by, and sum and number to report.
+
+    The gradient divides by all of b * s: divided by those that count in this micro batch, it would depend on how
+    sequences are spread over micro batches and ranks.
+    """
+    total = (losses.float() * mask).sum()
+    size = torch.tensor(losses.numel(), dtype=torch.int, device=losses.device)
+    return total, size, torch.stack((total.detach(), mask.sum()))

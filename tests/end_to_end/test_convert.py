@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from megatron_moe.checkpoint.dcp import Rows, SavedTensors
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.data.dataset import build_datasets
+from megatron_moe.data.sources import build_datasets
 from megatron_moe.data.tokenizer import BEGIN_OF_SENTENCE, END_OF_SENTENCE, train_tokenizer
 from megatron_moe.hugging_face.exporter import export_run
 from megatron_moe.hugging_face.importer import import_model
@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_held_out_loss_is_that_of_training(runs: Path) -> None:
     from megatron_moe.train.restore import read_config
 
-    _, valid = build_datasets(read_config(runs / "runs" / "trained"))
+    valid = build_datasets(read_config(runs / "runs" / "trained")).valid[0].sequences
     sequences = torch.from_numpy(np.stack([valid[i] for i in range(NUM_VALID)]).astype(np.int64))
     logits = hugging_face.logits(hugging_face.load(runs / "exported"), sequences[:, :-1])
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), sequences[:, 1:].flatten()).item()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.data.dataset import PackedDataset
+from megatron_moe.data.dataset import examine
 from megatron_moe.data.tokenizer import train_tokenizer
 from tests.helpers.cli import metrics_of, run_cli
 from tests.helpers.training import TINY
@@ -76,7 +76,7 @@ def test_damaged_datasets_are_refused(documents: Path, damage, ending: str) -> N
     file = documents / "data" / f"docs.{ending}"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ConfigError, match=r"docs\.(bin|idx)"):
-        PackedDataset(str(documents / "data" / "docs"), 16, seed=1)
+        examine(str(documents / "data" / "docs"))
 
 
 def test_missing_files_are_named(documents: Path) -> None:

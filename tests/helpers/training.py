@@ -68,7 +68,7 @@ def train_tiny(overrides: list[str], steps: int = 20) -> dict[str, Any]:
     """On each rank: the metrics of each step, the first step's gradients, and the held-out loss."""
     from megatron_moe.optim.optimizer import set_learning_rate
     from megatron_moe.optim.scheduler import learning_rate
-    from megatron_moe.train.evaluate import held_out_loss, round_up
+    from megatron_moe.train.evaluate import held_out_loss
     from megatron_moe.train.step import train_step
     from megatron_moe.train.step_metrics import step_metrics
 
@@ -80,7 +80,7 @@ def train_tiny(overrides: list[str], steps: int = 20) -> dict[str, Any]:
             metrics.append(step_metrics(run.config, run.context, run.pipeline.model, result))
             if step == 0:
                 gradients = optimizer_shards(run.checkpointer, "exp_avg")
-        valid = held_out_loss(run.pipeline, run.valid_data, round_up(8, run.pipeline), run.context.device)
+        valid = held_out_loss(run.pipeline, run.datasets.valid[0].sequences, 8, run.config.data, run.context.device)
         return {"metrics": metrics, "gradients": gradients, "valid": valid}
 
 

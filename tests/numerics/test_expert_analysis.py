@@ -53,7 +53,7 @@ def third_best(router):
 def held_out(run) -> float:
     from megatron_moe.train.evaluate import held_out_loss
 
-    return held_out_loss(run.pipeline, run.valid_data, 8, run.context.device)
+    return held_out_loss(run.pipeline, run.datasets.valid[0].sequences, 8, run.config.data, run.context.device)
 
 
 def test_interventions() -> None:

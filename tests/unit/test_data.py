@@ -12,8 +12,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import compose_config
 from megatron_moe.data import corpus
+from megatron_moe.data.cache import ArrayCache
 from megatron_moe.data.corpus import prepare_python_stdlib, write_indexed
-from megatron_moe.data.dataset import BlendedDataset, PackedDataset, build_datasets, held_out_sources, unigram_entropy
+from megatron_moe.data.dataset import BlendedDataset, PackedDataset, examine, unigram_entropy
+from megatron_moe.data.sources import build_datasets, held_out_sources
 from megatron_moe.data.tokenizer import END_OF_SENTENCE, end_of_document, load_tokenizer, train_tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n" for i in range(60)] + ["", "naïve ☃ 𝛼"]
@@ -28,6 +30,12 @@ def tokenizer():
 def prefix(tokenizer, tmp_path: Path) -> str:
     write_indexed(TEXTS, tokenizer, tmp_path / "tokens")
     return str(tmp_path / "tokens")
+
+
+def packed(prefix: str, sequence_length: int = 16, *, seed: int = 1, documents: np.ndarray | None = None):
+    cache = ArrayCache(Path(prefix).parent / "cache")
+    options = {"sequence_length": sequence_length, "vocab_size": 300, "seed": seed, "cache": cache}
+    return PackedDataset(examine(prefix), documents, **options)
 
 
 def test_documents_survive_the_round_trip(tokenizer, prefix: str) -> None:
@@ -52,39 +60,45 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 def test_an_epoch_holds_every_token_once(prefix: str) -> None:
-    dataset = PackedDataset(prefix, 16, seed=1)
+    dataset = packed(prefix)
     stream = np.concatenate([dataset[i][:-1] for i in range(len(dataset))])
-    documents = np.concatenate([dataset.documents[i] for i in range(len(dataset.documents))])
+    indexed = IndexedDataset(prefix)
+    documents = np.concatenate([indexed[i] for i in range(len(indexed))])
     missing = Counter(documents.tolist()) - Counter(stream.tolist())
     assert not Counter(stream.tolist()) - Counter(documents.tolist())
     assert sum(missing.values()) == len(documents) - len(stream) <= 16
 
 
 def test_a_sample_is_a_function_of_its_number(prefix: str) -> None:
-    one, other = (PackedDataset(prefix, 16, seed=1) for _ in range(2))
+    one, other = (packed(prefix) for _ in range(2))
     numbers = [0, 5, 3 * len(one) + 2, 5, len(one)]
     first = [one[i].tolist() for i in numbers]
     assert [other[i].tolist() for i in reversed(numbers)] == first[::-1]
     assert all(len(sample) == 17 for sample in first)
     assert one[0].tolist() != one[len(one)].tolist()  # another epoch, another order
-    assert PackedDataset(prefix, 16, seed=2)[0].tolist() != first[0]
+    assert packed(prefix, seed=2)[0].tolist() != first[0]
 
 
 def test_too_few_tokens_are_an_error(prefix: str) -> None:
     with pytest.raises(ConfigError, match="fewer than one sequence"):
-        PackedDataset(prefix, 100_000, seed=1)
+        packed(prefix, 100_000)
 
 
 def test_a_blend_holds_its_shares_at_every_prefix(prefix: str) -> None:
-    sources = [PackedDataset(prefix, 16, seed=seed) for seed in (1, 2)]
-    blend = BlendedDataset(sources, [3.0, 1.0], 400)
-    counts = np.cumsum(blend.source == 0)
+    sources = [packed(prefix, seed=seed) for seed in (1, 2)]
+    blend = BlendedDataset(sources, [3.0, 1.0])
+    places = [blend.place(i) for i in range(400)]
+    counts = np.cumsum([source == 0 for source, _ in places])
     assert np.abs(counts - 0.75 * np.arange(1, 401)).max() <= 1
-    assert blend[0].tolist() == sources[blend.source[0]][0].tolist()
+    for source in (0, 1):  # each goes through its own samples in order
+        numbers = [number for of, number in places if of == source]
+        assert numbers == list(range(len(numbers)))
+    assert blend[399].tolist() == sources[places[399][0]][places[399][1]].tolist()
 
 
 def test_ids_beyond_the_vocabulary_are_found(prefix: str) -> None:
-    config = compose_config(["data=blend", f"data.train=[{{path: {prefix}}}]", "data.sequence_length=16"])
+    options = ["data=blend", f"data.train=[{{path: {prefix}}}]", "data.sequence_length=16"]
+    config = compose_config([*options, f"data.cache_dir={Path(prefix).parent}/cache"])
     config.model.vocab_size = 200
     with pytest.raises(ConfigError, match="holds token id"):
         build_datasets(config)
@@ -95,7 +109,7 @@ def test_unigram_entropy_of_two_equally_likely_tokens() -> None:
         def __getitem__(self, index: int) -> np.ndarray:
             return np.array([9, 3, 7, 3, 7])
 
-    assert unigram_entropy(Two(), 3) == pytest.approx(np.log(2))
+    assert unigram_entropy([(Two(), 3, 1.0)]) == pytest.approx(np.log(2))
 
 
 @pytest.fixture

@@ -1,0 +1,88 @@
+"""Arrays that take a while to make: made once, by one process, and mapped by all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ArrayCache:
+    """Plain .npy files in one folder for each set of arrays; what is found there is never unpickled.
+
+    A folder gets its name when it is whole. Where it cannot be written (a full disk), the arrays stay in memory.
+
+    Attributes:
+        folder: seen by all processes.
+        local_folder: on a disk of this machine, for a copy that its processes map instead.
+    """
+
+    folder: Path
+    local_folder: Path | None = None
+
+    def get(self, kind: str, key: dict[str, Any], build: Callable[[], Arrays]) -> Arrays:
+        """The arrays that `build` makes, which must follow from `key`; not empty, and read-only."""
+        name = f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
+        shared = self.folder / name
+        arrays = _load(shared) or _make(shared, build)
+        if self.local_folder is None:
+            return arrays
+        local = self.local_folder / name
+        return _load(local) or _make(local, lambda: arrays)
+
+
+def _load(folder: Path) -> Arrays | None:
+    """None where nothing is, or nothing that can be trusted."""
+    if not folder.is_dir():
+        return None
+    try:
+        names = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
+        if all(_shape(arrays[name]) == shape for name, shape in names.items()):
+            return arrays
+    except (OSError, ValueError, EOFError) as error:
+        warnings.warn(f"{folder}: is damaged and made anew ({error})", stacklevel=2)
+    return None
+
+
+def _shape(array: np.ndarray) -> list[Any]:
+    return [*array.shape, str(array.dtype)]
+
+
+def _make(folder: Path, build: Callable[[], Arrays]) -> Arrays:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if (arrays := _load(folder)) is not None:
+                return arrays  # made while this process waited
+            arrays = build()
+            _save(folder, arrays)
+    except OSError as error:
+        warnings.warn(f"{folder}: cannot be written ({error}); its arrays are held in memory", stacklevel=2)
+        return build()
+    return _load(folder) or arrays
+
+
+def _save(folder: Path, arrays: Arrays) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array, allow_pickle=False)
+        shapes = {name: _shape(array) for name, array in arrays.items()}
+        (partial / "shapes.json").write_text(json.dumps(shapes), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been loaded
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,306 @@
+"""Tokenizing files in parallel; what was done survives a kill. Imports no torch, which each worker would load.
+
+Blocks of records go to worker processes and come back in order, so that the output does not depend on the workers.
+After each, `OUTPUT.partial/progress.json` says up to where the files there are whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.data.encode import Encoder
+from megatron_moe.data.indexed import IndexedWriter, Manifest, read_manifest, sha256_of, with_ending
+from megatron_moe.data.text_files import START, Position, Problem, Reader, Reading, Record, Source, describe, text_of
+from megatron_moe.data.tokenizer import load_tokenizer
+
+ENDINGS = ("bin", "idx", "tokenizer.json", "manifest.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to tokenize, and how.
+
+    Attributes:
+        sources: files, in order.
+        reading: how they become documents.
+        tokenizer: a tokenizer.json.
+        end_of_document: id of the token after each document; None: nothing, and empty documents are left out.
+        output: prefix of the dataset.
+        skip: leave out records that are no document; else the first of them is an error.
+        workers: processes.
+    """
+
+    sources: list[Source]
+    reading: Reading
+    tokenizer: Path
+    end_of_document: int | None
+    output: Path
+    skip: bool = False
+    workers: int = 1
+
+    def identity(self) -> dict[str, Any]:
+        """What the output follows from, as far as it is cheap to know."""
+        return {
+            "sources": [[str(s.path), s.format.value, s.path.stat().st_size] for s in self.sources],
+            "changed": [s.path.stat().st_mtime_ns for s in self.sources],
+            "tokenizer": sha256_of(self.tokenizer),
+            "options": self.options(),
+        }
+
+    def options(self) -> dict[str, Any]:
+        """Those that the output depends on."""
+        return {**dataclasses.asdict(self.reading), "end_of_document": self.end_of_document}
+
+
+@dataclass
+class Progress:
+    """What is done, and where to go on."""
+
+    position: Position = START
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    largest_id: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, block: Block, position: Position) -> None:
+        """Count a block that ends at `position`."""
+        self.position = position
+        self.documents += len(block.lengths)
+        self.tokens += len(block.ids)
+        self.text_bytes += block.text_bytes
+        self.largest_id = max(self.largest_id, int(block.ids.max(initial=0)))
+        self.skipped.update(problem.kind for _, problem in block.problems)
+
+    def save(self, path: Path) -> None:
+        """In one move, and on disk."""
+        partial = path.with_suffix(".new")
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(self), file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    @staticmethod
+    def load(path: Path) -> Progress:
+        """As saved, or from the beginning."""
+        if not path.exists():
+            return Progress()
+        values = json.loads(path.read_text(encoding="utf-8"))
+        position, skipped = Position(*values.pop("position")), Counter(values.pop("skipped"))
+        return Progress(position=position, skipped=skipped, **values)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokenized records."""
+
+    ids: np.ndarray
+    lengths: np.ndarray
+    text_bytes: int
+    problems: list[tuple[Record, Problem]]
+
+
+def preprocess(job: Job, report: Callable[[Progress, int], None]) -> Manifest:
+    """Write the dataset `job.output`; go on with what an earlier, unfinished call left.
+
+    Args:
+        job: what to do.
+        report: called with the progress and the bytes read of the input.
+
+    Raises:
+        ConfigError: a record is no document, there is none, the output exists, is being written by another process, or
+            was begun from other files or with other options.
+    """
+    partial = with_ending(job.output, "partial")
+    if (manifest := _finished(job)) is not None:
+        return manifest
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(partial / "lock", timeout=0):
+            _check_begun(partial, job)
+            if not (partial / "data.manifest.json").exists():
+                _write(partial, job, report)
+            _publish(partial, job.output)
+    except Timeout:
+        raise ConfigError(f"{job.output}: another process is writing it") from None
+    return read_manifest(job.output)
+
+
+def _finished(job: Job) -> Manifest | None:
+    """The dataset's manifest if it is the one asked for."""
+    present = [path for ending in ENDINGS if (path := with_ending(job.output, ending)).exists()]
+    if not present or with_ending(job.output, "partial").exists():
+        return None
+    manifest = read_manifest(job.output)
+    same = manifest is not None and (
+        manifest.options == job.options()
+        and manifest.tokenizer_sha256 == sha256_of(job.tokenizer)
+        and [[s["path"], s["bytes"]] for s in manifest.sources]
+        == [[str(s.path), s.path.stat().st_size] for s in job.sources]
+    )
+    if not same:
+        raise ConfigError(
+            f"{present[0]}: exists, made from other files or with other options; remove it or give another output"
+        )
+    return manifest
+
+
+def _check_begun(partial: Path, job: Job) -> None:
+    """Start over where nothing is lost by it; otherwise what was begun must be the same job."""
+    file, identity = partial / "job.json", job.identity()
+    begun = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if begun == identity:
+        return
+    if Progress.load(partial / "progress.json").documents:
+        changed = ", ".join(key for key, value in identity.items() if begun.get(key) != value)
+        raise ConfigError(
+            f"{partial}: was begun with other {changed.replace('changed', 'times of change')}; finish it with these, "
+            "or remove the folder to start over"
+        )
+    for path in (partial / "progress.json", partial / "data.manifest.json"):
+        path.unlink(missing_ok=True)
+    file.write_text(json.dumps(identity), encoding="utf-8")
+
+
+def _write(partial: Path, job: Job, report: Callable[[Progress, int], None]) -> None:
+    progress = Progress.load(partial / "progress.json")
+    encoder = Encoder(load_tokenizer(job.tokenizer), job.end_of_document)
+    writer = IndexedWriter(partial / "data", encoder.dtype, progress.documents, progress.tokens)
+    reader = Reader(job.sources, job.reading, progress.position)
+    report(progress, reader.bytes_read)
+    with _workers(job) as pool:
+        for blocks in _tokenized(reader, pool, in_flight=2 * job.workers):
+            for block, position in blocks:
+                if block.problems and not job.skip:
+                    raise _stopped(job, block, partial)
+                writer.append(block.ids, block.lengths)
+                progress.add(block, position)
+            writer.sync()
+            progress.save(partial / "progress.json")
+            report(progress, reader.bytes_read)
+        if progress.documents == 0:
+            raise ConfigError(f"{', '.join(str(s.path) for s in job.sources[:3])}: no documents")
+        writer.finish()
+        shutil.copyfile(job.tokenizer, partial / "data.tokenizer.json")
+        files = [*(s.path for s in job.sources), *(partial / f"data.{ending}" for ending in ENDINGS[:3])]
+        *digests, bin_sha256, idx_sha256, tokenizer_sha256 = pool.map(sha256_of, files)
+    manifest = Manifest(
+        documents=progress.documents,
+        tokens=progress.tokens,
+        text_bytes=progress.text_bytes,
+        largest_id=progress.largest_id,
+        vocab_size=encoder.vocab_size,
+        end_of_document=job.end_of_document,
+        tokenizer_sha256=tokenizer_sha256,
+        bin_sha256=bin_sha256,
+        idx_sha256=idx_sha256,
+        sources=[
+            {"path": str(s.path), "bytes": s.path.stat().st_size, "sha256": digest}
+            for s, digest in zip(job.sources, digests, strict=True)
+        ],
+        options=job.options(),
+        skipped=dict(sorted(progress.skipped.items())),
+    )
+    _check_begun(partial, job)  # once more: nothing has changed meanwhile
+    manifest.write(partial / "manifest.new")
+    (partial / "manifest.new").replace(partial / "data.manifest.json")
+
+
+def _stopped(job: Job, block: Block, partial: Path) -> ConfigError:
+    record, problem = block.problems[0]
+    return ConfigError(
+        f"{describe(job.sources, record, problem)}; --on-error skip leaves such records out and counts them, and goes "
+        f"on with what {partial} holds"
+    )
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Give the files their names, the manifest last; again, where a kill came between."""
+    for ending in ENDINGS:
+        if (path := partial / f"data.{ending}").exists():
+            path.replace(with_ending(output, ending))
+    shutil.rmtree(partial)
+
+
+@contextmanager
+def _workers(job: Job) -> Iterator[ProcessPoolExecutor]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(job.workers, context, initializer=_start_worker, initargs=(job,))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise ConfigError(
+            "a worker was killed, by the system when memory runs out; the same command goes on, and fewer --workers "
+            "need less"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _tokenized(reader: Reader, pool: ProcessPoolExecutor, *, in_flight: int) -> Iterator[list[tuple[Block, Position]]]:
+    """Groups of finished blocks in order, each block with its end."""
+    waiting: deque[tuple[Future[Block], Position]] = deque()
+    for records, end in reader.blocks():
+        waiting.append((pool.submit(_tokenize, records), end))
+        if len(waiting) > in_flight:
+            yield _finished_blocks(waiting)
+    while waiting:
+        yield _finished_blocks(waiting)
+
+
+def _finished_blocks(waiting: deque[tuple[Future[Block], Position]]) -> list[tuple[Block, Position]]:
+    """The first, once it is done, and those after it that are."""
+    done = []
+    while waiting and (not done or waiting[0][0].done()):
+        future, end = waiting.popleft()
+        done.append((future.result(), end))
+    return done
+
+
+# In a worker process.
+_job: Job
+_encoder: Encoder
+
+
+def _start_worker(job: Job) -> None:
+    global _job, _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _job, _encoder = job, Encoder(load_tokenizer(job.tokenizer), job.end_of_document)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def _tokenize(records: list[Record]) -> Block:
+    texts, problems = [], []
+    for record in records:
+        text = text_of(record, _job.sources[record.source].format, _job.reading.field)
+        if isinstance(text, Problem):
+            problems.append((record._replace(payload=None), text))
+        else:
+            texts.append(text)
+    ids, lengths = _encoder(texts)
+    return Block(ids, lengths[lengths > 0], sum(len(text.encode()) for text in texts), problems)

@@ -1,0 +1,202 @@
+"""From a configuration to training, validation and test sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_moe.config.derived import source_name
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import Config, DataConfig, DataKind, DataSource
+from megatron_moe.data.cache import ArrayCache
+from megatron_moe.data.corpus import prepare_python_stdlib
+from megatron_moe.data.dataset import (
+    BlendedDataset,
+    IndexedFiles,
+    MockDataset,
+    PackedDataset,
+    SequenceDataset,
+    check_vocabulary,
+    examine,
+)
+from megatron_moe.data.indexed import sha256_of, with_ending
+from megatron_moe.data.order import split_documents
+from megatron_moe.distributed.context import from_main
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out sequences of one source.
+
+    Attributes:
+        name: in the metrics.
+        sequences: all of them.
+        weight: of its loss in the mean of all sources.
+        tokens_per_byte: of the source's text; None where it is not known.
+    """
+
+    name: str
+    sequences: SequenceDataset
+    weight: float
+    tokens_per_byte: float | None
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run reads.
+
+    Attributes:
+        train: training sequences.
+        valid: for the loss at intervals.
+        test: for the loss at the end.
+        tokenizer: the file that made the ids, where it is known.
+        fingerprints: of the training sources, by name; a run goes on with the same ones only.
+    """
+
+    train: SequenceDataset
+    valid: list[HeldOut]
+    test: list[HeldOut]
+    tokenizer: Path | None
+    fingerprints: dict[str, str]
+
+
+def build_datasets(config: Config) -> Datasets:
+    """Open everything; on all ranks, of which the first looks at the files.
+
+    Raises:
+        ConfigError: a dataset is damaged, too short, holds ids beyond the vocabulary, or was made by another tokenizer.
+    """
+    data = config.data
+    if data.kind is DataKind.mock:
+        vocab_size, length = config.model.vocab_size, data.sequence_length
+        train, valid = (MockDataset(vocab_size, length, seed=data.seed + i) for i in range(2))
+        return Datasets(train, [HeldOut("mock", valid, 1.0, None)], [], None, {})
+    sources = _indexed_sources(data)
+    files = from_main(lambda: _examine_all(config, sources))
+    return Datasets(
+        train=_training(config, sources.train, files),
+        valid=_held_out(config, sources, "valid", files),
+        test=_held_out(config, sources, "test", files),
+        tokenizer=_tokenizer_file(data, sources.train),
+        fingerprints={source_name(source): files[source.path].fingerprint for source in sources.train},
+    )
+
+
+def held_out_sources(config: Config, paths: dict[str, str]) -> dict[str, SequenceDataset]:
+    """Held-out sequences by source: the indexed datasets at `paths`, by default those of a run.
+
+    Raises:
+        ConfigError: there are none, or one cannot be read.
+    """
+    if paths:
+        sources = _Sources([], [DataSource(path=path, name=name) for name, path in paths.items()], [], 0.0, 0.0)
+        held_out = _held_out(config, sources, "valid", _examine_all(config, sources))
+    elif config.data.kind is DataKind.mock:
+        held_out = []
+    else:
+        held_out = build_datasets(config).valid
+    if not held_out:
+        raise ConfigError(f"data.kind={config.data.kind.value}: there is no held-out text; name indexed datasets")
+    return {source.name: source.sequences for source in held_out}
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """Indexed datasets of each part; where a part has none, its share of the documents of the training sources."""
+
+    train: Sequence[DataSource]
+    valid: Sequence[DataSource]
+    test: Sequence[DataSource]
+    valid_fraction: float
+    test_fraction: float
+
+    def all(self) -> Iterable[DataSource]:
+        return [*self.train, *self.valid, *self.test]
+
+
+def _indexed_sources(data: DataConfig) -> _Sources:
+    if data.kind is DataKind.blend:
+        return _Sources(data.train, data.valid, data.test, data.valid_fraction, data.test_fraction)
+    folder = Path(from_main(lambda: str(prepare_python_stdlib(data))))
+    train, valid = (DataSource(path=str(folder / name), name=data.kind.value) for name in ("train", "valid"))
+    return _Sources([train], [valid], [], 0.0, 0.0)
+
+
+def _examine_all(config: Config, sources: _Sources) -> dict[str, IndexedFiles]:
+    found, problems = {}, []
+    for path in dict.fromkeys(source.path for source in sources.all()):
+        try:
+            found[path] = examine(path)
+            check_vocabulary(found[path], config.model.vocab_size)
+        except ConfigError as error:
+            problems += error.problems
+    if config.data.kind is DataKind.blend:
+        problems += _tokenizer_problems(config.data, found.values())
+    if problems:
+        raise ConfigError(*problems)
+    return found
+
+
+def _tokenizer_problems(data: DataConfig, files: Iterable[IndexedFiles]) -> list[str]:
+    """Where ids that go together were made by different tokenizers."""
+    known = {f.prefix: f.manifest.tokenizer_sha256 for f in files if f.manifest is not None}
+    if data.tokenizer is not None:
+        expected, name = sha256_of(Path(data.tokenizer)), f"data.tokenizer={data.tokenizer}"
+    elif known:
+        name, expected = next(iter(known.items()))
+    return [
+        f"{prefix}.manifest.json: its ids were made by another tokenizer (sha256 {digest[:12]}...) than {name} "
+        f"({expected[:12]}...); preprocess it again"
+        for prefix, digest in known.items()
+        if digest != expected
+    ]
+
+
+def _training(config: Config, sources: Sequence[DataSource], files: dict[str, IndexedFiles]) -> SequenceDataset:
+    datasets = [_packed(config, files[source.path], "train") for source in sources]
+    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, [source.weight for source in sources])
+
+
+def _held_out(config: Config, sources: _Sources, part: str, files: dict[str, IndexedFiles]) -> list[HeldOut]:
+    own = getattr(sources, part)
+    if not own and not getattr(sources, f"{part}_fraction"):
+        return []
+    return [
+        HeldOut(
+            source_name(source),
+            _packed(config, files[source.path], "all" if own else part),
+            source.weight,
+            files[source.path].tokens_per_byte,
+        )
+        for source in own or sources.train
+    ]
+
+
+def _packed(config: Config, files: IndexedFiles, part: str) -> PackedDataset:
+    """All documents of a dataset, or those dealt to a part."""
+    data = config.data
+    cache = ArrayCache(Path(data.cache_dir), Path(data.local_cache_dir) if data.local_cache_dir else None)
+    shares = {"valid": data.valid_fraction, "test": data.test_fraction} if data.kind is DataKind.blend else {}
+    documents: np.ndarray | None = None
+    if part != "all" and any(shares.values()):
+        key = {"fingerprint": files.fingerprint, "shares": shares, "seed": data.seed}
+        documents = cache.get("split", key, lambda: split_documents(files.num_documents, shares, data.seed))[part]
+    return PackedDataset(
+        files,
+        documents,
+        sequence_length=data.sequence_length,
+        vocab_size=config.model.vocab_size,
+        seed=data.seed,
+        cache=cache,
+    )
+
+
+def _tokenizer_file(data: DataConfig, sources: Sequence[DataSource]) -> Path | None:
+    """As given, else the one beside the first training source."""
+    if data.tokenizer is not None:
+        return Path(data.tokenizer)
+    path = with_ending(sources[0].path, "tokenizer.json")
+    return path if path.is_file() else None

@@ -166,11 +166,10 @@ class PackedDataset:
         self._indexed = open_indexed(files.prefix)
         self._documents = documents
         self._part = "all" if documents is None else hashlib.sha256(documents.tobytes()).hexdigest()
-        lengths = self._indexed.sequence_lengths if documents is None else self._indexed.sequence_lengths[documents]
-        self.num_tokens = int(lengths.sum(dtype=np.int64))
+        self.num_tokens = int(self.lengths.sum(dtype=np.int64))
         if len(self) < 1:
             raise ConfigError(
-                f"{files.prefix}: {len(lengths)} documents with {self.num_tokens} tokens, fewer than one "
+                f"{files.prefix}: {len(self.lengths)} documents with {self.num_tokens} tokens, fewer than one "
                 f"sequence of data.sequence_length={sequence_length} and its target"
             )
         self._orders: dict[int, dict[str, np.ndarray]] = {}
@@ -179,16 +178,22 @@ class PackedDataset:
         return (self.num_tokens - 1) // self.sequence_length
 
     def __getitem__(self, index: int) -> np.ndarray:
-        ids = np.concatenate([self._indexed.get(*part) for part in self._parts(index)])
+        ids = np.concatenate([self._indexed.get(*part) for part in self.parts(index)])
         if (largest := ids.max()) >= self.vocab_size:
             raise ConfigError(_too_large(self.files.prefix, int(largest), self.vocab_size))
         return ids.astype(np.int64)
 
     def document_lengths(self, index: int) -> np.ndarray:
         """See SequenceDataset."""
-        return np.array([length for _, _, length in self._parts(index)])
+        return np.array([length for _, _, length in self.parts(index)])
 
-    def _parts(self, index: int) -> list[tuple[int, int, int]]:
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of its documents, in tokens."""
+        lengths = self._indexed.sequence_lengths
+        return lengths if self._documents is None else lengths[self._documents]
+
+    def parts(self, index: int) -> list[tuple[int, int, int]]:
         """The pieces of documents that make up a sequence: document, offset, length."""
         epoch, position = divmod(index, len(self))
         order = self._order(epoch)

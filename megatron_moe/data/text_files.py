@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -314,3 +315,25 @@ def describe(sources: list[Source], record: Record, problem: Problem) -> str:
     """A problem with its place: file, line and reason."""
     line = f":{record.number}" if record.number else ""
     return f"{sources[record.source].path}{line}: {problem.reason}"
+
+
+def documents(sources: list[Source], reading: Reading, *, skip: bool, skipped: Counter[str]) -> Iterator[str]:
+    """All documents, one by one.
+
+    Args:
+        sources: files, in order.
+        reading: how they become documents.
+        skip: leave out records that are no document, and count them in `skipped` by kind of problem.
+        skipped: changed.
+
+    Raises:
+        ConfigError: a record is no document, and `skip` is not given.
+    """
+    for record in Reader(sources, reading).records():
+        text = text_of(record, sources[record.source].format, reading.field)
+        if isinstance(text, str):
+            yield text
+        elif skip:
+            skipped[text.kind] += 1
+        else:
+            raise ConfigError(f"{describe(sources, record, text)}; --on-error skip leaves such records out")

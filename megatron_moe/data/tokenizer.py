@@ -12,8 +12,10 @@ from megatron_moe.config.errors import ConfigError
 BEGIN_OF_SENTENCE = "<｜begin▁of▁sentence｜>"
 END_OF_SENTENCE = "<｜end▁of▁sentence｜>"  # names of the released tokenizer (deepseek-moe-16b-base)
 
+SMALLEST_VOCABULARY = 256 + 2  # bytes and special tokens
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, show_progress: bool = False) -> Tokenizer:
     """A byte-level BPE of `vocab_size` entries, fewer if the texts hold no more; the same for the same texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -22,19 +24,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size,
         special_tokens=[BEGIN_OF_SENTENCE, END_OF_SENTENCE],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=show_progress,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
+def tokenizer_file(path: Path) -> Path:
+    """`tokenizer.json`, given itself or its folder."""
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load `tokenizer.json`, given itself or its folder.
+    """Load `tokenizer.json`, given itself or its folder; code beside it is not run.
 
     Raises:
         ConfigError: there is none, or it is not a tokenizer.
     """
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = tokenizer_file(path)
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception

@@ -27,13 +27,17 @@ class TokenizerFile:
     def write(self, folder: Path, sequence_length: int) -> None:
         """Write what `AutoTokenizer` loads without remote code."""
         shutil.copyfile(self.path, folder / FILE)
+        self.write_settings(folder, model_max_length=sequence_length)
+
+    def write_settings(self, folder: Path, **more: int) -> None:
+        """Write the names of the special tokens, for transformers."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.bos,
             "eos_token": self.eos,
             "pad_token": self.eos,
-            "model_max_length": sequence_length,
             "clean_up_tokenization_spaces": False,
+            **more,
         }
         write_json(folder / "tokenizer_config.json", config)
 

@@ -14,7 +14,7 @@ pretrain: $(INSTALLED)
 
 # pytest arguments: make test ARGS="tests/unit -k layout"
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from megatron_moe.config.schema import Config
     from megatron_moe.data.dataset import PackedDataset, SequenceDataset
+    from megatron_moe.data.sources import Datasets
 
 BAR = 40  # characters of the longest bar
 
@@ -86,7 +87,7 @@ def inspect_run(folder: Path, args: argparse.Namespace) -> None:
     if args.sample is not None:
         print_sample(args.sample, datasets.train, tokenizer_of(args.tokenizer or datasets.tokenizer))
         return
-    print_mixture(config, datasets.train, list(datasets.fingerprints))
+    print_parts(config, datasets)
     print_histogram(np.concatenate([source.lengths for source in sources_of(datasets.train)]))
 
 
@@ -151,22 +152,20 @@ def print_dataset(lengths: np.ndarray, manifest: Manifest | None) -> None:
         print(f"{name:<18} {text}")
 
 
-def print_mixture(config: Config, train: SequenceDataset, names: list[str]) -> None:
+def print_parts(config: Config, datasets: Datasets) -> None:
     """Each source's part in the run."""
-    from megatron_moe.config.derived import samples_before
+    from megatron_moe.data.sources import parts
 
-    num_samples = samples_before(config, config.train.train_steps)
-    counts = getattr(train, "counts", [1])
     table = Table(*("source", "documents", "tokens", "share of samples", "tokens in the run", "epochs"), box=None)
-    for name, source, count in zip(names, sources_of(train), counts, strict=True):
-        samples = num_samples * count / sum(counts)
+    for part in parts(config, datasets):
+        tokens = part.samples * config.data.sequence_length
         table.add_row(
-            name,
-            f"{len(source.lengths):,}",
-            f"{source.num_tokens:,}",
-            f"{count / sum(counts):.2%}",
-            f"{samples * config.data.sequence_length:,.0f}",
-            f"{samples / len(source):.2f}",
+            part.name,
+            f"{part.documents:,}",
+            f"{part.tokens:,}",
+            f"{part.share:.2%}",
+            f"{tokens:,.0f}",
+            f"{part.epochs:.2f}",
         )
     Console(width=120).print(table)
 

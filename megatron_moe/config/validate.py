@@ -230,13 +230,20 @@ def _data(config: Config) -> Iterator[str]:
         for name in ("train", "valid", "test"):
             yield from _source_problems(f"data.{name}", getattr(data, name))
         yield from _held_out_problems(data)
-        if data.tokenizer is not None and not Path(data.tokenizer).is_file():
-            yield f"data.tokenizer={data.tokenizer}: no such file; the tokenizer.json that made the ids, or null"
+        if data.tokenizer is not None and not any(p.is_file() for p in _tokenizer_paths(data.tokenizer)):
+            yield (
+                f"data.tokenizer={data.tokenizer}: no such file; the tokenizer.json that made the ids, its folder, or "
+                "null"
+            )
     elif data.train or data.valid or data.test or data.test_fraction or data.tokenizer:
         yield (
             "data.train, data.valid, data.test, data.test_fraction, data.tokenizer: only data=blend reads them; "
             f"data.kind is {data.kind.value}"
         )
+
+
+def _tokenizer_paths(tokenizer: str) -> list[Path]:
+    return [Path(tokenizer), Path(tokenizer) / "tokenizer.json"]
 
 
 def _held_out_problems(data: DataConfig) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_moe.config.derived import source_name
+from megatron_moe.config.derived import samples_before, source_name
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Config, DataConfig, DataKind, DataSource
 from megatron_moe.data.cache import ArrayCache
@@ -24,6 +24,7 @@ from megatron_moe.data.dataset import (
 )
 from megatron_moe.data.indexed import sha256_of, with_ending
 from megatron_moe.data.order import split_documents
+from megatron_moe.data.tokenizer import tokenizer_file
 from megatron_moe.distributed.context import from_main
 
 
@@ -144,7 +145,7 @@ def _tokenizer_problems(data: DataConfig, files: Iterable[IndexedFiles]) -> list
     """Where ids that go together were made by different tokenizers."""
     known = {f.prefix: f.manifest.tokenizer_sha256 for f in files if f.manifest is not None}
     if data.tokenizer is not None:
-        expected, name = sha256_of(Path(data.tokenizer)), f"data.tokenizer={data.tokenizer}"
+        expected, name = sha256_of(tokenizer_file(Path(data.tokenizer))), f"data.tokenizer={data.tokenizer}"
     elif known:
         name, expected = next(iter(known.items()))
     return [
@@ -197,6 +198,45 @@ def _packed(config: Config, files: IndexedFiles, part: str) -> PackedDataset:
 def _tokenizer_file(data: DataConfig, sources: Sequence[DataSource]) -> Path | None:
     """As given, else the one beside the first training source."""
     if data.tokenizer is not None:
-        return Path(data.tokenizer)
+        return tokenizer_file(Path(data.tokenizer))
     path = with_ending(sources[0].path, "tokenizer.json")
     return path if path.is_file() else None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source's part in a run.
+
+    Attributes:
+        name: of the source.
+        documents: that it trains on.
+        tokens: in these.
+        share: of the samples.
+        samples: in the whole run.
+        epochs: passes over its documents in the whole run.
+    """
+
+    name: str
+    documents: int
+    tokens: int
+    share: float
+    samples: float
+    epochs: float
+
+
+def parts(config: Config, datasets: Datasets) -> list[Part]:
+    """Of all training sources; none on random tokens."""
+    num_samples = samples_before(config, config.train.train_steps)
+    sources = getattr(datasets.train, "datasets", [datasets.train])
+    counts = getattr(datasets.train, "counts", [1])
+    return [
+        Part(
+            name=name,
+            documents=len(source.lengths),
+            tokens=source.num_tokens,
+            share=count / sum(counts),
+            samples=num_samples * count / sum(counts),
+            epochs=num_samples * count / sum(counts) / len(source),
+        )
+        for name, source, count in zip(datasets.fingerprints, sources, counts, strict=False)
+    ]

@@ -69,7 +69,7 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
         ConfigError: the data or the checkpoint do not fit the configuration.
     """
     run = set_up(config, context)
-    print_start(config, context, run.pipeline.model)
+    print_start(config, context, run.pipeline.model, run.datasets)
     if context.is_main:
         write_run_files(config, overrides, run.datasets.tokenizer)
     for change in run.changed_options:
@@ -188,7 +188,7 @@ def _evaluate(run: Run) -> Metrics:
 
 
 def _losses(run: Run, part: str, sources: list[HeldOut]) -> Metrics:
-    """Of each source, also per byte of its text as the paper reports it (table 2), and their weighted mean."""
+    """Of each source, also per byte of its text as the paper reports it (table 3, Pile), and their weighted mean."""
     metrics: Metrics = {}
     total = 0.0
     for source in sources:

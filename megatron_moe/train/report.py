@@ -27,6 +27,7 @@ from megatron_moe.config.derived import (
     samples_before,
 )
 from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
+from megatron_moe.data.sources import Datasets, parts
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import paper_flops_per_token
@@ -62,7 +63,7 @@ def _git_revision() -> str | None:
     return result.stdout.strip() or None
 
 
-def start_facts(config: Config, world_size: int, device: torch.device) -> list[tuple[str, str]]:
+def start_facts(config: Config, world_size: int, device: torch.device, datasets: Datasets) -> list[tuple[str, str]]:
     """What really applies, as (topic, text)."""
     model, parallel, train = config.model, config.parallel, config.train
     schedule = config.scheduler
@@ -80,6 +81,7 @@ def start_facts(config: Config, world_size: int, device: torch.device) -> list[t
             f"{_experts_text(model)}, {model.attention.value}",
         ),
         ("batch", _batch_text(config, world_size)),
+        ("data", _data_text(config, datasets)),
         *([("balance", _balance_text(config))] if model.num_experts and model.routing is Routing.topk else []),
         (
             "schedule",
@@ -97,6 +99,23 @@ def start_facts(config: Config, world_size: int, device: torch.device) -> list[t
             f"{parallel.expert_model_parallel_size}",
         ),
     ]
+
+
+def _data_text(config: Config, datasets: Datasets) -> str:
+    train = [f"{p.name} {p.share:.4g} of the samples ({p.epochs:.3g} epochs of {p.tokens:,} tokens)" for p in parts(config, datasets)]
+    held_out = [
+        f"{part} {source.name} ({len(source.sequences):,} sequences)"
+        for part in ("valid", "test")
+        for source in getattr(datasets, part)
+    ]
+    data = config.data
+    within = {
+        "attention": data.reset_attention_mask,
+        "positions": data.reset_position_ids,
+        "loss": data.eod_mask_loss,
+    }
+    apart = [f"{', '.join(name for name, is_on in within.items() if is_on)} within documents"] * any(within.values())
+    return "; ".join([*(train or ["random tokens"]), *held_out, *apart])
 
 
 def _experts_text(model: ModelConfig) -> str:
@@ -144,7 +163,9 @@ def _balance_text(config: Config) -> str:
     return text
 
 
-def print_start(config: Config, context: DistributedContext, model: list[DistributedDataParallel]) -> None:
+def print_start(
+    config: Config, context: DistributedContext, model: list[DistributedDataParallel], datasets: Datasets
+) -> None:
     """Print the facts, the placement and each rank's memory; on all ranks, as it gathers."""
     here = (sum(p.numel() for chunk in model for p in chunk.parameters()), memory_gib(context.device))
     everywhere: list[Any] = [None] * context.world_size
@@ -152,7 +173,7 @@ def print_start(config: Config, context: DistributedContext, model: list[Distrib
     if not context.is_main:
         return
     console = Console(soft_wrap=True, highlight=False)
-    for topic, text in start_facts(config, context.world_size, context.device):
+    for topic, text in start_facts(config, context.world_size, context.device, datasets):
         console.print(f"{topic:<10}{text}", markup=False)
     table = Table("ranks", "layers", "routed experts", "parameters a rank", "memory so far", box=None)
     for place in placements(config.model, config.parallel, context.world_size):

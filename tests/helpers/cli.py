@@ -12,13 +12,27 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 
-def run_cli(*command: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run_cli(*command: str, cwd: Path, timeout: float = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     """A Python script of the project with arguments, in a folder; output captured."""
     script = str(ROOT / command[0])
     return subprocess.run(
         [sys.executable, script, *command[1:]],
         cwd=cwd,
-        env=user_environment(),
+        env=user_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def run_shell(command: str, cwd: Path, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    """A line of the README in a shell, with the environment that runs the tests; output captured."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=cwd,
+        env=user_environment() | {"PATH": path, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=timeout,

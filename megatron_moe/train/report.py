@@ -102,7 +102,10 @@ def start_facts(config: Config, world_size: int, device: torch.device, datasets:
 
 
 def _data_text(config: Config, datasets: Datasets) -> str:
-    train = [f"{p.name} {p.share:.4g} of the samples ({p.epochs:.3g} epochs of {p.tokens:,} tokens)" for p in parts(config, datasets)]
+    train = [
+        f"{p.name} {100 * p.share:.4g} % ({p.epochs:.3g} epochs of {p.tokens:,} tokens)"
+        for p in parts(config, datasets)
+    ]
     held_out = [
         f"{part} {source.name} ({len(source.sequences):,} sequences)"
         for part in ("valid", "test")

@@ -103,8 +103,8 @@ def start_facts(config: Config, world_size: int, device: torch.device, datasets:
 
 def _data_text(config: Config, datasets: Datasets) -> str:
     train = [
-        f"{p.name} {100 * p.share:.4g} % ({p.epochs:.3g} epochs of {p.tokens:,} tokens)"
-        for p in parts(config, datasets)
+        f"{part.name} {100 * part.share:.4g} % ({part.epochs:.3g} epochs of {part.tokens:,} tokens)"
+        for part in parts(config, datasets)
     ]
     held_out = [
         f"{part} {source.name} ({len(source.sequences):,} sequences)"

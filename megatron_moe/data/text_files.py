@@ -225,8 +225,8 @@ class Reader:
                     for value in _bytes_of_text(batch.column(0)).to_pylist():
                         row += 1
                         if row > start.offset:
+                            self.bytes_read = before + size * row // file.metadata.num_rows
                             yield Record(start.source, row, value, row)
-                    self.bytes_read = before + size * row // file.metadata.num_rows
 
 
 def _bytes_of_text(column: Any) -> Any:

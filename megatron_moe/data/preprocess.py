@@ -92,7 +92,7 @@ class Progress:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        _write_json(path, dataclasses.asdict(self))
+        _write_json(path, vars(self))
 
     @staticmethod
     def load(path: Path) -> Progress:

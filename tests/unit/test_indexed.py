@@ -30,7 +30,7 @@ MANIFEST = Manifest(
 
 def documents_of(largest: int) -> list[list[int]]:
     numbers = np.random.default_rng(1)
-    return [numbers.integers(0, largest, numbers.integers(1, 9)).tolist() + [largest] for _ in range(20)]
+    return [[*numbers.integers(0, largest, numbers.integers(1, 9)).tolist(), largest] for _ in range(20)]
 
 
 def groups(documents: list[list[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

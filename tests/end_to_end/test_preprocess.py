@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from megatron_moe.data.indexed import read_manifest, sha256_of
 from megatron_moe.data.preprocess import Job, Progress
 from megatron_moe.data.text_files import Position
 from megatron_moe.data.tokenizer import load_tokenizer, train_tokenizer
-from tests.helpers.cli import ROOT, user_environment
+from tests.helpers.cli import ROOT, run_cli, user_environment
 from tools import preprocess_data
 from tools.preprocess_data import ProgressDisplay, main, rates
 
@@ -59,20 +59,28 @@ def files_of(prefix: Path) -> list[bytes]:
 # In this process.
 
 
+class Immediately(Executor):
+    """Does what it is asked while the other waits."""
+
+    def submit(self, function: Callable, /, *args: object) -> Future:
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a tokenizer and documents; threads do the workers' part, and blocks are small."""
+    """Of a tokenizer and documents; there are no other processes, and blocks are small."""
 
     @contextmanager
-    def threads(job: Job) -> Iterator[ThreadPoolExecutor]:
+    def no_workers(job: Job) -> Iterator[Executor]:
         encoder = Encoder(load_tokenizer(job.tokenizer), job.end_of_document)
         monkeypatch.setattr(preprocess, "_job", job, raising=False)
         monkeypatch.setattr(preprocess, "_encoder", encoder, raising=False)
-        with ThreadPoolExecutor(job.workers) as pool:
-            yield pool
+        yield Immediately()
 
-    monkeypatch.setattr(preprocess, "_workers", threads)
-    monkeypatch.setattr(text_files, "BLOCK_BYTES", 3000)
+    monkeypatch.setattr(preprocess, "_workers", no_workers)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 1000)
     monkeypatch.chdir(tmp_path)
     write_json_lines(tmp_path / "docs.jsonl", TEXTS)
     (tmp_path / "tokenizer.json").write_text(TOKENIZER)
@@ -171,7 +179,7 @@ def test_a_kill_at_any_change_of_files_leaves_what_the_same_command_finishes(
 ) -> None:
     steps = kill(0)
     expected = files_of(folder / "out")
-    assert steps > 50
+    assert steps > 40
     for step in range(1, steps + 1):
         for path in folder.glob("out*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -450,6 +458,17 @@ def wait_for(condition: Callable[[], object], seconds: float = 20) -> object:
     while not (value := condition()) and time.monotonic() < end:
         time.sleep(0.02)
     return value
+
+
+def test_the_command_ends_at_a_wrong_line(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(TOKENIZER)
+    (tmp_path / "docs.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
+    arguments = ["--input", "docs.jsonl", "--tokenizer", ".", "--output", "data/out", "--workers", "2"]
+    result = run_cli("tools/preprocess_data.py", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: docs.jsonl:2: field 'text' holds half of a surrogate pair, ")
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "data" / "out.bin").exists()
 
 
 @pytest.fixture(scope="module")

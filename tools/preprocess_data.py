@@ -111,8 +111,9 @@ class ProgressDisplay:
         if self.bar is not None:
             self.bar.stop()
 
-    def __call__(self, progress: Progress, bytes_read: int) -> None:
+    def __call__(self, progress: Progress) -> None:
         """Show where the work stands; the first call is where it starts."""
+        bytes_read = progress.position.bytes_read
         now = (time.monotonic(), progress.documents, progress.tokens, bytes_read)
         self.first = self.first or now
         text = rates(self.first, now, self.total_bytes)

@@ -14,7 +14,7 @@ from megatron_moe.data.indexed import id_type
 BATCH_CHARACTERS = 2**19  # encoded at once; an encoding takes about 100 bytes a token
 PIECE_CHARACTERS = 2**20  # of a long document
 # Where common pre-tokenizers split anyway: between a line and the next, or between two words.
-LINE_END = re.compile(r"(?<=\S\n)(?=\S)")
+LINE_END = re.compile(r"(?<=\S\n)(?=\w)")
 WORD_END = re.compile(r"(?<=\S)(?= \S)")
 
 

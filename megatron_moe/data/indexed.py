@@ -98,13 +98,16 @@ def sha256_of(path: Path) -> str:
 
 
 class IndexedWriter:
-    """Appends documents to `prefix`.bin; their lengths wait in `prefix`.lengths until `finish` writes `prefix`.idx.
+    """Appends documents to `prefix`.bin; their lengths wait in `prefix`.lengths for `prefix`.idx to be written.
 
     Args:
         prefix: path without ending.
         dtype: of the ids.
         num_documents: to keep of what the files hold; the rest is cut off.
         num_tokens: likewise.
+
+    Raises:
+        ConfigError: the files hold less.
     """
 
     def __init__(self, prefix: Path, dtype: type[np.integer], num_documents: int = 0, num_tokens: int = 0) -> None:
@@ -126,16 +129,22 @@ class IndexedWriter:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Write the index."""
+        """Write the index, and forget the lengths."""
+        self.write_index()
+        self._lengths_path.unlink()
+
+    def write_index(self) -> None:
+        """Write the index; another writer can still go on from here."""
         self.sync()
         for file in (self._ids, self._lengths):
             file.close()
         write_index(self.prefix, self.dtype, _map(self._lengths_path))
-        self._lengths_path.unlink()
 
 
 def _open_at(path: Path, size: int) -> Any:
     path.touch()
+    if path.stat().st_size < size:
+        raise ConfigError(f"{path}: is damaged, shorter than {size} bytes; remove its folder to start over")
     file = path.open("r+b")
     file.truncate(size)
     file.seek(size)

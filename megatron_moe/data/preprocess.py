@@ -91,13 +91,8 @@ class Progress:
         self.skipped.update(problem.kind for _, problem in block.problems)
 
     def save(self, path: Path) -> None:
-        """In one move, and on disk."""
-        partial = path.with_suffix(".new")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self), file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        """Write as JSON."""
+        _write_json(path, vars(self))
 
     @staticmethod
     def load(path: Path) -> Progress:
@@ -107,6 +102,16 @@ class Progress:
         values = json.loads(path.read_text(encoding="utf-8"))
         position, skipped = Position(*values.pop("position")), Counter(values.pop("skipped"))
         return Progress(position=position, skipped=skipped, **values)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """In one move, and on disk."""
+    new = path.with_suffix(".new")
+    with new.open("w", encoding="utf-8") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
 
 
 @dataclass(frozen=True)
@@ -119,26 +124,27 @@ class Block:
     problems: list[tuple[Record, Problem]]
 
 
-def preprocess(job: Job, report: Callable[[Progress, int], None]) -> Manifest:
+def preprocess(job: Job, report: Callable[[Progress], None]) -> Manifest:
     """Write the dataset `job.output`; go on with what an earlier, unfinished call left.
 
     Args:
         job: what to do.
-        report: called with the progress and the bytes read of the input.
+        report: called with the progress.
 
     Raises:
         ConfigError: a record is no document, there is none, the output exists, is being written by another process, or
             was begun from other files or with other options.
     """
     partial = with_ending(job.output, "partial")
-    if (manifest := _finished(job)) is not None:
+    if not partial.exists() and (manifest := _finished(job)) is not None:
         return manifest
     partial.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(partial / "lock", timeout=0):
-            _check_begun(partial, job)
-            if not (partial / "data.manifest.json").exists():
-                _write(partial, job, report)
+            if _finished(job) is None:
+                _check_begun(partial, job)
+                if not (partial / "data.manifest.json").exists():
+                    _write(partial, job, report)
             _publish(partial, job.output)
     except Timeout:
         raise ConfigError(f"{job.output}: another process is writing it") from None
@@ -148,9 +154,9 @@ def preprocess(job: Job, report: Callable[[Progress, int], None]) -> Manifest:
 def _finished(job: Job) -> Manifest | None:
     """The dataset's manifest if it is the one asked for."""
     present = [path for ending in ENDINGS if (path := with_ending(job.output, ending)).exists()]
-    if not present or with_ending(job.output, "partial").exists():
+    manifest = read_manifest(job.output)  # the last file to appear
+    if not present or (manifest is None and with_ending(job.output, "partial").exists()):
         return None
-    manifest = read_manifest(job.output)
     same = manifest is not None and (
         manifest.options == job.options()
         and manifest.tokenizer_sha256 == sha256_of(job.tokenizer)
@@ -178,15 +184,15 @@ def _check_begun(partial: Path, job: Job) -> None:
         )
     for path in (partial / "progress.json", partial / "data.manifest.json"):
         path.unlink(missing_ok=True)
-    file.write_text(json.dumps(identity), encoding="utf-8")
+    _write_json(file, identity)
 
 
-def _write(partial: Path, job: Job, report: Callable[[Progress, int], None]) -> None:
+def _write(partial: Path, job: Job, report: Callable[[Progress], None]) -> None:
     progress = Progress.load(partial / "progress.json")
     encoder = Encoder(load_tokenizer(job.tokenizer), job.end_of_document)
     writer = IndexedWriter(partial / "data", encoder.dtype, progress.documents, progress.tokens)
     reader = Reader(job.sources, job.reading, progress.position)
-    report(progress, reader.bytes_read)
+    report(progress)
     with _workers(job) as pool:
         for blocks in _tokenized(reader, pool, in_flight=2 * job.workers):
             for block, position in blocks:
@@ -196,10 +202,10 @@ def _write(partial: Path, job: Job, report: Callable[[Progress, int], None]) -> 
                 progress.add(block, position)
             writer.sync()
             progress.save(partial / "progress.json")
-            report(progress, reader.bytes_read)
+            report(progress)
         if progress.documents == 0:
             raise ConfigError(f"{', '.join(str(s.path) for s in job.sources[:3])}: no documents")
-        writer.finish()
+        writer.write_index()
         shutil.copyfile(job.tokenizer, partial / "data.tokenizer.json")
         files = [*(s.path for s in job.sources), *(partial / f"data.{ending}" for ending in ENDINGS[:3])]
         *digests, bin_sha256, idx_sha256, tokenizer_sha256 = pool.map(sha256_of, files)

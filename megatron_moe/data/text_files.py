@@ -17,6 +17,7 @@ from megatron_moe.config.errors import ConfigError
 BLOCK_BYTES = 4 * 2**20  # of records that are worked on together
 MAX_RECORD_BYTES = 64 * 2**20  # a line or file beyond it is no document: it bounds memory
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+UNCOMPRESSED_BYTES = 2**14  # at once; as much is lost, at most, of what precedes damage
 
 
 class Format(Enum):
@@ -56,7 +57,7 @@ class Record(NamedTuple):
     Attributes:
         source: its number.
         number: of the line or row in it, from 1.
-        payload: bytes of a line or file, value of a row, or what is wrong with it.
+        payload: bytes of a line, a file or a row's text, another value of a row, or what is wrong with it.
         end: where the next record begins in its file (uncompressed bytes, or rows); None: in the next file.
     """
 
@@ -67,11 +68,19 @@ class Record(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where to go on reading."""
+    """Where to go on reading.
+
+    Attributes:
+        source: number of the file.
+        offset: in it, in uncompressed bytes or rows.
+        number: of lines or rows before it.
+        bytes_read: of all files up to there, compressed as they are; for the progress.
+    """
 
     source: int = 0
     offset: int = 0
     number: int = 0
+    bytes_read: int = 0
 
 
 START = Position()
@@ -137,18 +146,14 @@ def _endings() -> str:
 
 
 class Reader:
-    """Blocks of records of many files.
-
-    Attributes:
-        bytes_read: of all files so far, compressed as they are; for the progress.
-    """
+    """Blocks of records of many files."""
 
     def __init__(self, sources: list[Source], reading: Reading, start: Position = START) -> None:
         self.sources = sources
         self.reading = reading
         self.start = start
         self.sizes = [source.path.stat().st_size for source in sources]
-        self.bytes_read = sum(self.sizes[: start.source])
+        self.bytes_read = start.bytes_read
 
     def blocks(self) -> Iterator[tuple[list[Record], Position]]:
         """Some records, and where the next block begins. The same blocks from wherever one of them begins."""
@@ -157,17 +162,21 @@ class Reader:
             block.append(record)
             size += len(record.payload) if isinstance(record.payload, bytes | str) else 0
             if size >= BLOCK_BYTES:
-                yield block, _after(record)
+                yield block, self._after(record)
                 block, size = [], 0
         if block:
-            yield block, _after(block[-1])
+            yield block, self._after(block[-1])
+
+    def _after(self, record: Record) -> Position:
+        if record.end is None:
+            return Position(record.source + 1, bytes_read=sum(self.sizes[: record.source + 1]))
+        return Position(record.source, record.end, record.number, self.bytes_read)
 
     def records(self) -> Iterator[Record]:
         """All records from the start on; a file that cannot be read further ends in a problem."""
         for number in range(self.start.source, len(self.sources)):
-            before = self.bytes_read
+            before = sum(self.sizes[:number])
             yield from self._records_of(self.start if number == self.start.source else Position(number), before)
-            self.bytes_read = before + self.sizes[number]
 
     def _records_of(self, start: Position, before: int) -> Iterator[Record]:
         from pyarrow import ArrowException
@@ -177,6 +186,8 @@ class Reader:
             for record in self._readable_records(self.sources[start.source], start, before):
                 yield record
         except (OSError, ArrowException) as error:
+            if getattr(error, "errno", None):  # the system's word: another try may well succeed
+                raise
             line = 1 + (record.number if record else start.number)
             record = Record(start.source, line, Problem("damaged file", _first_line(error)), None)
             yield record
@@ -212,17 +223,21 @@ class Reader:
                     row += num_rows
                     continue
                 for batch in file.iter_batches(256, row_groups=[group], columns=[field]):
-                    for value in batch.column(0).to_pylist():
+                    for value in _bytes_of_text(batch.column(0)).to_pylist():
                         row += 1
                         if row > start.offset:
+                            self.bytes_read = before + size * row // file.metadata.num_rows
                             yield Record(start.source, row, value, row)
-                    self.bytes_read = before + size * row // file.metadata.num_rows
 
 
-def _after(record: Record) -> Position:
-    if record.end is None:
-        return Position(record.source + 1)
-    return Position(record.source, record.end, record.number)
+def _bytes_of_text(column: Any) -> Any:
+    """Texts need not be UTF-8, which a worker finds out."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    return column.cast(pa.large_binary()) if is_text else column
 
 
 def _uncompressed(path: Path, raw: BinaryIO) -> BinaryIO:
@@ -231,7 +246,7 @@ def _uncompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     import pyarrow
 
     # pyarrow says so when a compressed file is cut off.
-    return io.BufferedReader(pyarrow.CompressedInputStream(raw, COMPRESSION[path.suffix]), 2**20)
+    return io.BufferedReader(pyarrow.CompressedInputStream(raw, COMPRESSION[path.suffix]), UNCOMPRESSED_BYTES)
 
 
 def _skip_to(file: BinaryIO, offset: int) -> None:
@@ -272,13 +287,15 @@ def text_of(record: Record, format: Format, field: str) -> str | Problem:
     if isinstance(value, Problem):
         return value
     if isinstance(value, bytes):
+        has_mark = record.number == 1 and format is not Format.parquet
         try:
-            value = value.decode("utf-8-sig" if record.number == 1 else "utf-8")
+            value = value.decode("utf-8-sig" if has_mark else "utf-8")
         except UnicodeDecodeError as error:
             return Problem("not UTF-8", f"not UTF-8: {error.reason} at byte {error.start}")
         if format is Format.text:
-            return value.rstrip("\r\n") if record.end is not None else value
-        value = _field_of(value, field)
+            return value.removesuffix("\n").removesuffix("\r") if record.end is not None else value
+        if format is Format.jsonl:
+            value = _field_of(value, field)
     return _checked(value, field)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -29,23 +30,33 @@ def write_source(prefix: Path, num_tokens: int) -> None:
     writer.finish()
 
 
-@pytest.fixture
-def options(tmp_path: Path) -> list[str]:
-    """A blend of a long source and one of 12 sequences, which it begins anew within 56 samples."""
-    write_source(tmp_path / "long", 3000)
-    write_source(tmp_path / "short", 400)
-    sources = f"[{{path: {tmp_path}/long, weight: 0.7}}, {{path: {tmp_path}/short, weight: 0.3}}]"
-    return [*TINY, *RAMP, "data=blend", f"data.train={sources}", "data.sequence_length=32", "train.train_steps=9"]
+def data_options(folder: Path) -> list[str]:
+    sources = f"[{{path: {folder}/long, weight: 0.7}}, {{path: {folder}/short, weight: 0.3}}]"
+    held_out = ["data.valid_fraction=0.1", "data.test_fraction=0.2"]
+    return ["data=blend", f"data.train={sources}", "data.sequence_length=32", *held_out]
 
 
-def records(run: Path) -> list[list[tuple[int, str]]]:
-    """By rank."""
-    files = sorted((run / "samples").glob("rank_*.jsonl"))
-    return [[tuple(json.loads(line).values()) for line in file.read_text().splitlines()] for file in files]
+def pretrain(cwd: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    steps = ["train.train_steps=9", "evaluation.interval=4", "logger.log_interval=1"]
+    options = [*TINY, *RAMP, *data_options(folder), *steps, "data.record_samples=true", "run.name=a"]
+    return run_cli("pretrain.py", *options, *arguments, cwd=cwd)
 
 
-def test_the_samples_of_a_run_that_changes_ranks_are_those_of_the_data(options: list[str], tmp_path: Path) -> None:
+def take_records(run: Path) -> list[list[tuple[int, str]]]:
+    """By rank; they are gone after that."""
+    by_rank = []
+    for file in sorted((run / "samples").glob("rank_*.jsonl")):
+        by_rank.append([tuple(json.loads(line).values()) for line in file.read_text().splitlines()])
+        file.unlink()
+    return by_rank
+
+
+def test_the_samples_of_a_run_that_changes_ranks_are_those_of_the_data(tmp_path: Path) -> None:
     """From 1 rank to 2, 4 and 1 again, with other micro batches and readers, on the ramp and past the first epoch."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    write_source(here / "long", 3000)
+    write_source(here / "short", 400)
     stages = [
         ("1", "2", "train.micro_batch_size=2", "data.num_workers=0"),
         ("2", "4", "train.micro_batch_size=1", "data.num_workers=2"),
@@ -53,29 +64,39 @@ def test_the_samples_of_a_run_that_changes_ranks_are_those_of_the_data(options: 
         ("1", "9", "train.micro_batch_size=4", "data.num_workers=2"),
     ]
     seen: list[tuple[int, str]] = []
-    consumed = 0
     run = tmp_path / "runs" / "a"
     for ranks, last, *others in stages:
-        arguments = [f"parallel.data_parallel_size={ranks}", f"train.exit_step={last}", *others, "run.name=a"]
-        result = run_cli(
-            "pretrain.py", *options, *arguments, "data.record_samples=true", "logger.log_interval=1", cwd=tmp_path
-        )
+        if last == "9":
+            here.rename(elsewhere)
+        folder = here if here.exists() else elsewhere
+        arguments = [f"parallel.data_parallel_size={ranks}", f"train.exit_step={last}", *others]
+        result = pretrain(tmp_path, folder, *arguments)
         assert result.returncode == 0, result.stderr
-        until = int(metrics_of(run)[-1]["consumed_tokens"]) // 32
-        by_rank = records(run)
+        by_rank = take_records(run)
         assert len(by_rank) == int(ranks)
         new = sorted(sample for rank in by_rank for sample in rank)
-        assert [i for i, _ in new] == list(range(consumed, until))
+        until = metrics_of(run)[-1]["consumed_tokens"] // 32
+        assert [i for i, _ in new] == list(range(len(seen), until))
         seen += new
-        consumed = until
-        for file in (run / "samples").iterdir():
-            file.unlink()
-    assert [line["train/batch_size"] for line in metrics_of(run)] == [4, 4, 4, 4, 8, 8, 8, 8, 8]
-    data = build_datasets(compose_config([option for option in options if option not in RAMP])).train
-    assert data.place(consumed)[1] > len(data.datasets[1])
-    digests = [hashlib.sha256(data[i][:-1].astype("<i8").tobytes()).hexdigest() for i in range(consumed)]
+    logged = metrics_of(run)
+    assert [line["train/batch_size"] for line in logged] == [4, 4, 4, 4, 8, 8, 8, 8, 8]
+    assert [line["step"] for line in logged if "valid/long/lm_loss" in line] == [2, 4, 6, 8, 9]
+    assert [line["step"] for line in logged if "test/short/lm_loss" in line] == [9]
+    assert "test/lm_loss" in result.stdout
+
+    data = build_datasets(compose_config([*data_options(elsewhere), f"data.cache_dir={tmp_path}/other"])).train
+    digests = [hashlib.sha256(data[i][:-1].astype("<i8").tobytes()).hexdigest() for i in range(len(seen))]
     assert seen == list(enumerate(digests))
-    assert len(set(digests)) == len(digests)
+    last_of_short = max(number for source, number in map(data.place, range(len(seen))) if source == 1)
+    assert last_of_short > len(data.datasets[1])
+
+    path = elsewhere / "short.bin"
+    path.write_bytes(path.read_bytes()[:-2] + b"\7\0")
+    result = pretrain(tmp_path, elsewhere)
+    assert result.returncode == 2
+    assert "error: data short: holds other documents than when" in result.stderr
+    assert "data long" not in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def error_of_main() -> tuple[str, ...]:

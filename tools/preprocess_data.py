@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_moe.config.errors import ConfigError, exit_code_of
+from megatron_moe.data.arguments import add_input_arguments, reading_of, sources_of
 from megatron_moe.metrics.throughput import format_duration
 
 if TYPE_CHECKING:
@@ -26,23 +27,14 @@ SECONDS_BETWEEN_LINES = 30  # where the output is no terminal
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, folders or glob patterns")
+    add_input_arguments(parser)
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json, or its folder")
     parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="path of the dataset, no ending")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
-    parser.add_argument("--field", default="text", help="of a JSON object or row that holds the text (default: text)")
     parser.add_argument(
         "--end-of-document",
         metavar="TOKEN",
         help="token after each document (default: the tokenizer's end of sentence), or none",
-    )
-    parser.add_argument("--format", choices=["jsonl", "parquet", "text"], help="of the files (default: by ending)")
-    parser.add_argument("--text-lines", action="store_true", help="documents of text files are lines, not files")
-    parser.add_argument(
-        "--on-error",
-        choices=["stop", "skip"],
-        default="stop",
-        help="at a record that is no document: stop (default), or leave it out and count it",
     )
     args = parser.parse_args(argv)
     return exit_code_of(lambda: preprocess(args))
@@ -69,17 +61,16 @@ def job_of(args: argparse.Namespace) -> Job:
         ConfigError: a file is missing, or an argument makes no sense.
     """
     from megatron_moe.data.preprocess import Job
-    from megatron_moe.data.text_files import Format, Reading, find_sources
-    from megatron_moe.data.tokenizer import end_of_document, load_tokenizer
+    from megatron_moe.data.tokenizer import end_of_document, load_tokenizer, tokenizer_file
 
     if args.workers < 1:
         raise ConfigError(f"--workers={args.workers}: must be at least 1")
     tokenizer = load_tokenizer(args.tokenizer)
     end = None if args.end_of_document == "none" else end_of_document(tokenizer, args.end_of_document)
     return Job(
-        sources=find_sources(args.input, Format(args.format) if args.format else None),
-        reading=Reading(field=args.field, text_lines=args.text_lines),
-        tokenizer=args.tokenizer / "tokenizer.json" if args.tokenizer.is_dir() else args.tokenizer,
+        sources=sources_of(args),
+        reading=reading_of(args),
+        tokenizer=tokenizer_file(args.tokenizer),
         end_of_document=end,
         output=args.output,
         skip=args.on_error == "skip",

@@ -198,14 +198,17 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
         if _lookup(saved, option) != _lookup(now, option)
     ]
     mixes = [mix(from_plain(saved)), mix(config)]
-    if mixes[0] != mixes[1]:
+    if list(mixes[0].items()) != list(mixes[1].items()):
         problems.append(f"data.train weights {mixes[1]}: {config.run.dir} was trained with {mixes[0]}")
     if problems:
         raise ConfigError(*(f"{problem}; start another run with run.name=NEW" for problem in problems))
 
 
 def mix(config: Config) -> dict[str, float]:
-    """Weights of the training sources by name. Their paths may change: what they hold is compared."""
+    """Weights of the training sources by name, in their order, which decides whose turn it is first.
+
+    Their paths may change: what they hold is compared.
+    """
     return {source_name(source): source.weight for source in config.data.train}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from numpy.lib.format import open_memmap
 
 Arrays = dict[str, np.ndarray]
 
@@ -35,12 +36,13 @@ class ArrayCache:
     def get(self, kind: str, key: dict[str, Any], build: Callable[[], Arrays]) -> Arrays:
         """The arrays that `build` makes, which must follow from `key`; not empty, and read-only."""
         name = f"{kind}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
-        shared = self.folder / name
-        arrays = _load(shared) or _make(shared, build)
+
+        def shared() -> Arrays:
+            return _load(self.folder / name) or _make(self.folder / name, build)
+
         if self.local_folder is None:
-            return arrays
-        local = self.local_folder / name
-        return _load(local) or _make(local, lambda: arrays)
+            return shared()
+        return _load(self.local_folder / name) or _make(self.local_folder / name, shared)
 
 
 def _load(folder: Path) -> Arrays | None:
@@ -48,13 +50,14 @@ def _load(folder: Path) -> Arrays | None:
     if not folder.is_dir():
         return None
     try:
-        names = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
-        if all(_shape(arrays[name]) == shape for name, shape in names.items()):
-            return arrays
-    except (OSError, ValueError, EOFError) as error:
+        shapes = json.loads((folder / "shapes.json").read_text(encoding="utf-8"))
+        arrays = {name: open_memmap(folder / f"{name}.npy", mode="r") for name in shapes}
+        if {name: _shape(array) for name, array in arrays.items()} != shapes or not shapes:
+            raise ValueError("shapes.json describes other arrays")
+    except Exception as error:  # numpy's reader has no common one for what it may find
         warnings.warn(f"{folder}: is damaged and made anew ({error})", stacklevel=2)
-    return None
+        return None
+    return arrays
 
 
 def _shape(array: np.ndarray) -> list[Any]:

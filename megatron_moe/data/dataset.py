@@ -39,13 +39,15 @@ class IndexedFiles:
         prefix: its path without ending.
         fingerprint: of its lengths and of LOOKED_AT bytes of its ids, all where it has no more.
         num_documents: in it.
-        largest_id: by its manifest, or of the bytes looked at.
+        smallest_id: of the bytes looked at.
+        largest_id: of these, or by its manifest.
         manifest: None if it has none.
     """
 
     prefix: str
     fingerprint: str
     num_documents: int
+    smallest_id: int
     largest_id: int
     manifest: Manifest | None
 
@@ -75,17 +77,18 @@ def examine(prefix: str) -> IndexedFiles:
             f"{prefix}.manifest.json: tells of {manifest.documents:,} documents and {manifest.tokens:,} tokens where "
             f"{prefix}.idx has {len(dataset):,} and {num_tokens:,}; they do not belong together"
         )
-    fingerprint, largest_id = _look_at(prefix, dataset.index.dtype)
+    fingerprint, smallest_id, largest_id = _look_at(prefix, dataset.index.dtype)
     if manifest is not None:
         largest_id = max(largest_id, manifest.largest_id)
-    return IndexedFiles(prefix, fingerprint, len(dataset), largest_id, manifest)
+    return IndexedFiles(prefix, fingerprint, len(dataset), smallest_id, largest_id, manifest)
 
 
-def _look_at(prefix: str, dtype: type[np.number]) -> tuple[str, int]:
-    """Fingerprint, and largest id seen."""
+def _look_at(prefix: str, dtype: type[np.number]) -> tuple[str, int, int]:
+    """Fingerprint, and smallest and largest id seen."""
     with with_ending(prefix, "idx").open("rb") as index:
         digest = hashlib.file_digest(index, "sha256")
-    path, largest, block = with_ending(prefix, "bin"), 0, 2**20
+    path, block = with_ending(prefix, "bin"), 2**20
+    smallest = largest = 0
     size = path.stat().st_size
     num_blocks = min(-(-size // block), LOOKED_AT // block)
     with path.open("rb") as ids:
@@ -93,8 +96,9 @@ def _look_at(prefix: str, dtype: type[np.number]) -> tuple[str, int]:
             ids.seek(i * (-(-size // block)) // num_blocks * block)
             data = ids.read(block)
             digest.update(data)
-            largest = max(largest, int(np.frombuffer(data, dtype).max()))
-    return digest.hexdigest(), largest
+            seen = np.frombuffer(data, dtype)
+            smallest, largest = min(smallest, int(seen.min())), max(largest, int(seen.max()))
+    return digest.hexdigest(), smallest, largest
 
 
 def open_indexed(prefix: str) -> IndexedDataset:
@@ -118,6 +122,8 @@ def open_indexed(prefix: str) -> IndexedDataset:
     _check_size(index, HEADER.size + 12 * sequences + 8 * boundaries)
     if ids.stat().st_size == 0 or sequences == 0:
         raise ConfigError(f"{ids}: holds no tokens")
+    if boundaries == 0 or np.fromfile(index, "<i8", offset=index.stat().st_size - 8)[0] != sequences:
+        raise ConfigError(f"{index}: does not end documents where its sequences end; it is damaged")
     dataset = IndexedDataset(prefix)
     num_tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
     _check_size(ids, num_tokens * np.dtype(dataset.index.dtype).itemsize)
@@ -179,8 +185,7 @@ class PackedDataset:
 
     def __getitem__(self, index: int) -> np.ndarray:
         ids = np.concatenate([self._indexed.get(*part) for part in self.parts(index)])
-        if (largest := ids.max()) >= self.vocab_size:
-            raise ConfigError(_too_large(self.files.prefix, int(largest), self.vocab_size))
+        _check_ids(self.files.prefix, int(ids.min()), int(ids.max()), self.vocab_size)
         return ids.astype(np.int64)
 
     def document_lengths(self, index: int) -> np.ndarray:
@@ -232,12 +237,16 @@ def check_vocabulary(files: IndexedFiles, vocab_size: int) -> None:
     Raises:
         ConfigError: one is too large for it.
     """
-    if files.largest_id >= vocab_size:
-        raise ConfigError(_too_large(files.prefix, files.largest_id, vocab_size))
+    _check_ids(files.prefix, files.smallest_id, files.largest_id, vocab_size)
 
 
-def _too_large(prefix: str, largest: int, vocab_size: int) -> str:
-    return f"{prefix}: holds token id {largest}; model.vocab_size={vocab_size} must be larger than every id"
+def _check_ids(prefix: str, smallest: int, largest: int, vocab_size: int) -> None:
+    if smallest < 0:
+        raise ConfigError(f"{prefix}: holds token id {smallest}; it is damaged")
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"{prefix}: holds token id {largest}; model.vocab_size={vocab_size} must be larger than every id"
+        )
 
 
 class BlendedDataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -152,7 +153,8 @@ class Reader:
         self.sources = sources
         self.reading = reading
         self.start = start
-        self.sizes = [source.path.stat().st_size for source in sources]
+        sizes = (source.path.stat().st_size for source in sources)
+        self.before = list(itertools.accumulate(sizes, initial=0))  # bytes of the files before each
         self.bytes_read = start.bytes_read
 
     def blocks(self) -> Iterator[tuple[list[Record], Position]]:
@@ -169,14 +171,14 @@ class Reader:
 
     def _after(self, record: Record) -> Position:
         if record.end is None:
-            return Position(record.source + 1, bytes_read=sum(self.sizes[: record.source + 1]))
+            return Position(record.source + 1, bytes_read=self.before[record.source + 1])
         return Position(record.source, record.end, record.number, self.bytes_read)
 
     def records(self) -> Iterator[Record]:
         """All records from the start on; a file that cannot be read further ends in a problem."""
         for number in range(self.start.source, len(self.sources)):
-            before = sum(self.sizes[:number])
-            yield from self._records_of(self.start if number == self.start.source else Position(number), before)
+            start = self.start if number == self.start.source else Position(number)
+            yield from self._records_of(start, self.before[number])
 
     def _records_of(self, start: Position, before: int) -> Iterator[Record]:
         from pyarrow import ArrowException

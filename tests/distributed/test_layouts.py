@@ -1,11 +1,15 @@
 """The same model, data and steps give the same losses, balance losses and gradients in every layout."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from megatron_moe.data.indexed import IndexedWriter
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training import MLA, assemble, train_tiny
+from tests.helpers.training import MLA, assemble, tiny_run, train_tiny
 
+MICRO_4 = ["train.micro_batch_size=4"]
 VPP = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
 # name: overrides, ranks
 LAYOUTS = {
@@ -112,3 +116,54 @@ def test_other_models(options: list[str], layouts: str) -> None:
     single = run_ranks(train_tiny, 1, options)[0]
     for layout in layouts.split():
         compare(run_ranks(train_tiny, 2, [*options, f"parallel={layout}"]), single)
+
+
+DOCUMENTS = ["data.eod_mask_loss=true", "data.reset_position_ids=true", "data.reset_attention_mask=true"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options of a blend with several documents to a sequence, kept apart."""
+    folder = tmp_path_factory.mktemp("packed")
+    random = np.random.default_rng(1)
+    for name in ("a", "b"):
+        lengths = random.integers(1, 25, 120)
+        writer = IndexedWriter(folder / name, np.uint16)
+        writer.append(random.integers(0, 256, lengths.sum()), lengths)
+        writer.finish()
+    return ["data=blend", "data.sequence_length=32", *train_and_valid(folder), *DOCUMENTS]
+
+
+def train_and_valid(folder: Path) -> list[str]:
+    train = f"data.train=[{{path: {folder}/a, weight: 2}}, {{path: {folder}/b}}]"
+    return [train, f"data.valid=[{{path: {folder}/b}}]", f"data.cache_dir={folder}/cache"]
+
+
+@pytest.mark.parametrize(("attention", "layouts"), [([], "tp2 cp2 pp2 ep2"), (MLA, "tp2 cp2")], ids=["mha", "mla"])
+def test_documents_apart(attention: list[str], layouts: str, packed: list[str]) -> None:
+    options = [*packed, *attention]
+    single, together = (run_ranks(train_tiny, 1, o, 4)[0] for o in (options, options[: -len(DOCUMENTS)]))
+    losses, other = ([m["train/lm_loss"] for m in run["metrics"]] for run in (single, together))
+    assert min(abs(a - b) for a, b in zip(losses, other, strict=True)) > 1e-4
+    for layout in layouts.split():
+        compare(run_ranks(train_tiny, 2, [*options, f"parallel={layout}"], 4), single)
+
+
+def loss_of_first(overrides: list[str], num_samples: int) -> float:
+    """On each rank: the held-out loss of an untrained model."""
+    from megatron_moe.train.evaluate import held_out_loss
+
+    with tiny_run(["run.dir=without_checkpoints", *overrides]) as (run, _, _):
+        data = run.datasets.valid[0].sequences
+        return held_out_loss(run.pipeline, data, num_samples, run.config.data, run.context.device)
+
+
+@pytest.mark.parametrize("kind", ["mock", "documents apart"])
+def test_samples_that_fill_up_micro_batches_do_not_count(kind: str, packed: list[str]) -> None:
+    options = packed if kind == "documents apart" else []
+    expected = run_ranks(loss_of_first, 1, [*options, "train.micro_batch_size=1"], 5)[0]
+    assert abs(run_ranks(loss_of_first, 1, [*options, "train.micro_batch_size=1"], 6)[0] - expected) > 1e-4
+    layouts = [(["train.micro_batch_size=2"], 1), (["parallel=dp2"], 2), (["parallel=dp2", *MICRO_4], 2), (VPP, 2)]
+    for layout, world_size in layouts:
+        losses = run_ranks(loss_of_first, world_size, [*options, *layout], 5)
+        np.testing.assert_allclose(losses, expected, rtol=1e-6, err_msg=str(layout))

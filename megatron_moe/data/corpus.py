@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import DataConfig
 from megatron_moe.data.encode import Encoder
-from megatron_moe.data.indexed import IndexedWriter, Manifest, sha256_of, with_ending
+from megatron_moe.data.indexed import IndexedWriter, Manifest, with_ending
 from megatron_moe.data.tokenizer import end_of_document, train_tokenizer
 
 FORMAT = 2  # of the cache; raised when the same sources would give other files
@@ -24,23 +24,20 @@ FORMAT = 2  # of the cache; raised when the same sources would give other files
 def write_indexed(documents: Sequence[str], tokenizer: Tokenizer, prefix: Path) -> None:
     """Tokenize documents, each ended by the end-of-sentence token, into the dataset `prefix` with its manifest."""
     end = end_of_document(tokenizer)
-    tokenizer_file = with_ending(prefix, "tokenizer.json")
-    tokenizer.save(str(tokenizer_file))
+    tokenizer.save(str(with_ending(prefix, "tokenizer.json")))
     encoder = Encoder(tokenizer, end)
     writer = IndexedWriter(prefix, encoder.dtype)
     ids, lengths = encoder(documents)
     writer.append(ids, lengths)
     writer.finish()
-    Manifest(
+    Manifest.of(
+        prefix,
         documents=len(lengths),
         tokens=len(ids),
         text_bytes=sum(len(document.encode(errors="replace")) for document in documents),
         largest_id=int(ids.max(initial=0)),
         vocab_size=encoder.vocab_size,
         end_of_document=end,
-        tokenizer_sha256=sha256_of(tokenizer_file),
-        bin_sha256=sha256_of(with_ending(prefix, "bin")),
-        idx_sha256=sha256_of(with_ending(prefix, "idx")),
         sources=[],
         options={},
         skipped={},

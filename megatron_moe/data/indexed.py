@@ -69,6 +69,16 @@ class Manifest:
     options: dict[str, Any]
     skipped: dict[str, int]
 
+    @staticmethod
+    def of(prefix: Path, **facts: Any) -> Manifest:
+        """The manifest of the files `prefix`.bin, .idx and .tokenizer.json: their digests, and what else is known."""
+        return Manifest(
+            tokenizer_sha256=sha256_of(with_ending(prefix, "tokenizer.json")),
+            bin_sha256=sha256_of(with_ending(prefix, "bin")),
+            idx_sha256=sha256_of(with_ending(prefix, "idx")),
+            **facts,
+        )
+
     def write(self, path: Path) -> None:
         """Write as JSON."""
         path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")

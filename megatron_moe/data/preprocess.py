@@ -59,8 +59,8 @@ class Job:
     def identity(self) -> dict[str, Any]:
         """What the output follows from, as far as it is cheap to know."""
         return {
-            "sources": [[str(s.path), s.format.value, s.path.stat().st_size] for s in self.sources],
-            "changed": [s.path.stat().st_mtime_ns for s in self.sources],
+            "files": [[str(s.path), s.format.value, s.path.stat().st_size] for s in self.sources],
+            "times of change": [s.path.stat().st_mtime_ns for s in self.sources],
             "tokenizer": sha256_of(self.tokenizer),
             "options": self.options(),
         }
@@ -179,8 +179,7 @@ def _check_begun(partial: Path, job: Job) -> None:
     if Progress.load(partial / "progress.json").documents:
         changed = ", ".join(key for key, value in identity.items() if begun.get(key) != value)
         raise ConfigError(
-            f"{partial}: was begun with other {changed.replace('changed', 'times of change')}; finish it with these, "
-            "or remove the folder to start over"
+            f"{partial}: was begun with other {changed}; finish it with these, or remove the folder to start over"
         )
     for path in (partial / "progress.json", partial / "data.manifest.json"):
         path.unlink(missing_ok=True)
@@ -188,41 +187,37 @@ def _check_begun(partial: Path, job: Job) -> None:
 
 
 def _write(partial: Path, job: Job, report: Callable[[Progress], None]) -> None:
+    """All files of the dataset, the manifest last."""
     progress = Progress.load(partial / "progress.json")
     encoder = Encoder(load_tokenizer(job.tokenizer), job.end_of_document)
     writer = IndexedWriter(partial / "data", encoder.dtype, progress.documents, progress.tokens)
-    reader = Reader(job.sources, job.reading, progress.position)
     report(progress)
     with _workers(job) as pool:
-        for blocks in _tokenized(reader, pool, in_flight=2 * job.workers):
-            for block, position in blocks:
-                if block.problems and not job.skip:
-                    raise _stopped(job, block, partial)
-                writer.append(block.ids, block.lengths)
-                progress.add(block, position)
+        for blocks in _tokenized(job, progress.position, pool):
+            problem = _append(blocks, writer, progress, skip=job.skip)
             writer.sync()
             progress.save(partial / "progress.json")
             report(progress)
-        if progress.documents == 0:
-            raise ConfigError(f"{', '.join(str(s.path) for s in job.sources[:3])}: no documents")
-        writer.write_index()
-        shutil.copyfile(job.tokenizer, partial / "data.tokenizer.json")
-        files = [*(s.path for s in job.sources), *(partial / f"data.{ending}" for ending in ENDINGS[:3])]
-        *digests, bin_sha256, idx_sha256, tokenizer_sha256 = pool.map(sha256_of, files)
-    manifest = Manifest(
+            if problem is not None:
+                raise _stopped(job, *problem, partial)
+        digests = list(pool.map(sha256_of, (source.path for source in job.sources)))
+    if progress.documents == 0:
+        raise ConfigError(f"{', '.join(str(s.path) for s in job.sources[:3])}: no documents")
+    writer.write_index()
+    shutil.copyfile(job.tokenizer, partial / "data.tokenizer.json")
+    sources = [
+        {"path": str(source.path), "bytes": source.path.stat().st_size, "sha256": digest}
+        for source, digest in zip(job.sources, digests, strict=True)
+    ]
+    manifest = Manifest.of(
+        partial / "data",
         documents=progress.documents,
         tokens=progress.tokens,
         text_bytes=progress.text_bytes,
         largest_id=progress.largest_id,
         vocab_size=encoder.vocab_size,
         end_of_document=job.end_of_document,
-        tokenizer_sha256=tokenizer_sha256,
-        bin_sha256=bin_sha256,
-        idx_sha256=idx_sha256,
-        sources=[
-            {"path": str(s.path), "bytes": s.path.stat().st_size, "sha256": digest}
-            for s, digest in zip(job.sources, digests, strict=True)
-        ],
+        sources=sources,
         options=job.options(),
         skipped=dict(sorted(progress.skipped.items())),
     )
@@ -231,8 +226,19 @@ def _write(partial: Path, job: Job, report: Callable[[Progress], None]) -> None:
     (partial / "manifest.new").replace(partial / "data.manifest.json")
 
 
-def _stopped(job: Job, block: Block, partial: Path) -> ConfigError:
-    record, problem = block.problems[0]
+def _append(
+    blocks: list[tuple[Block, Position]], writer: IndexedWriter, progress: Progress, *, skip: bool
+) -> tuple[Record, Problem] | None:
+    """Write and count blocks, up to the first with a problem, which is returned, unless these are skipped."""
+    for block, position in blocks:
+        if block.problems and not skip:
+            return block.problems[0]
+        writer.append(block.ids, block.lengths)
+        progress.add(block, position)
+    return None
+
+
+def _stopped(job: Job, record: Record, problem: Problem, partial: Path) -> ConfigError:
     return ConfigError(
         f"{describe(job.sources, record, problem)}; --on-error skip leaves such records out and counts them, and goes "
         f"on with what {partial} holds"
@@ -262,12 +268,13 @@ def _workers(job: Job) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _tokenized(reader: Reader, pool: ProcessPoolExecutor, *, in_flight: int) -> Iterator[list[tuple[Block, Position]]]:
+def _tokenized(job: Job, start: Position, pool: ProcessPoolExecutor) -> Iterator[list[tuple[Block, Position]]]:
     """Groups of finished blocks in order, each block with its end."""
+    reader = Reader(job.sources, job.reading, start)
     waiting: deque[tuple[Future[Block], Position]] = deque()
     for records, end in reader.blocks():
         waiting.append((pool.submit(_tokenize, records), end))
-        if len(waiting) > in_flight:
+        if len(waiting) > 2 * job.workers:
             yield _finished_blocks(waiting)
     while waiting:
         yield _finished_blocks(waiting)

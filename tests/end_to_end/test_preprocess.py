@@ -212,12 +212,12 @@ def test_finished_blocks_are_not_tokenized_again(
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda folder: (folder / "docs.jsonl").open("a").write("\n"), "sources, times of change"),
+        (lambda folder: (folder / "docs.jsonl").open("a").write("\n"), "files, times of change"),
         (lambda folder: os.utime(folder / "docs.jsonl", (1, 1)), "times of change"),
         (lambda folder: (folder / "tokenizer.json").write_text(TOKENIZER + "\n"), "tokenizer"),
         (lambda folder: ["--end-of-document", "none"], "options"),
         (lambda folder: ["--field", "body"], "options"),
-        (lambda folder: ["--input", "docs.jsonl", "docs.jsonl"], "sources, times of change"),
+        (lambda folder: ["--input", "docs.jsonl", "docs.jsonl"], "files, times of change"),
     ],
 )
 def test_another_job_does_not_go_on_with_this_one(

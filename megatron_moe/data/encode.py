@@ -80,9 +80,9 @@ def _last_break(text: str) -> int:
     """Where to cut: within PIECE_CHARACTERS, at the end of a line, else of a word, else anywhere."""
     for pattern in (LINE_END, WORD_END):
         for start in (PIECE_CHARACTERS - 2**12, PIECE_CHARACTERS // 2):
-            breaks = [match.start() for match in pattern.finditer(text, start)]
+            breaks = [place for match in pattern.finditer(text, start) if (place := match.start()) <= PIECE_CHARACTERS]
             if breaks:
-                return min(breaks[-1], PIECE_CHARACTERS)
+                return breaks[-1]
     return PIECE_CHARACTERS
 
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 
-from megatron_moe.data import preprocess, text_files
+from megatron_moe.data import indexed, preprocess, text_files
 from megatron_moe.data.encode import Encoder
 from megatron_moe.data.indexed import read_manifest, sha256_of
 from megatron_moe.data.preprocess import Job, Progress
@@ -97,12 +97,16 @@ def run(*arguments: str, output: str = "out") -> int:
 def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
     """Runs the command until it would change files for the n-th time; tells how often it did."""
     count = last = 0
+    opened, open_at = [], indexed._open_at
+    monkeypatch.setattr(indexed, "_open_at", lambda *args: opened.append(open_at(*args)) or opened[-1])
 
     def before(function: Callable, *, is_done: bool = True) -> Callable:
         def wrapper(*args: object, **kwargs: object) -> object:
             nonlocal count
             count += 1
             if count == last:
+                for file in opened:
+                    file.raw.close()  # what it still buffers is lost
                 raise KilledError
             return function(*args, **kwargs) if is_done else None
 
@@ -452,7 +456,7 @@ def processes_of(session: int) -> list[psutil.Process]:
     return found
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> object:
+def wait_for(condition: Callable[[], object], seconds: float = 10) -> object:
     """Until it is true of the world; what it gave last."""
     end = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < end:
@@ -469,6 +473,15 @@ def test_the_command_ends_at_a_wrong_line(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: docs.jsonl:2: field 'text' holds half of a surrogate pair, ")
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "data" / "out.bin").exists()
+
+
+def survivors(session: int) -> list[psutil.Process]:
+    """Processes that do not end soon; they are ended."""
+    wait_for(lambda: not processes_of(session))
+    left = processes_of(session)
+    for process in left:
+        process.kill()
+    return left
 
 
 @pytest.fixture(scope="module")
@@ -504,9 +517,10 @@ def test_a_chain_of_kills_changes_nothing(corpus: Path, uninterrupted: tuple[lis
                 break
             except subprocess.TimeoutExpired:
                 process.kill()
+            process.wait()
+            assert not survivors(process.pid)
             process.communicate()
             kills += 1
-            assert wait_for(lambda: not processes_of(process.pid)), "workers outlive the command"  # noqa: B023
             if (progress := corpus / f"chain{chains}.partial" / "progress.json").exists():
                 before, position = position, Progress.load(progress).position
                 assert position >= before
@@ -526,6 +540,6 @@ def test_a_killed_worker_ends_the_command(corpus: Path, uninterrupted: tuple[lis
     assert process.returncode == 2
     assert errors.splitlines()[-1].startswith("error: a worker was killed, by the system when memory runs out")
     assert "Traceback" not in errors
-    assert wait_for(lambda: not processes_of(process.pid))
+    assert not survivors(process.pid)
     finish(start(corpus, "bereft"))
     assert files_of(corpus / "bereft") == uninterrupted[0]

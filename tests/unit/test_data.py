@@ -326,8 +326,10 @@ def test_held_out_datasets_of_their_own_are_whole(two: Path) -> None:
     text_bytes = 3 * sum(len(text.encode()) for text in TEXTS[:30])
     assert datasets.valid[0].tokens_per_byte == tokens / text_bytes
     Path(f"{two}/b.manifest.json").unlink()
-    datasets = build_datasets(blend_config(two, train_on(two), *held_out))
+    datasets = build_datasets(blend_config(two, train_on(two), held_out[0], "data.test_fraction=0.1"))
     assert datasets.valid[0].tokens_per_byte is None
+    assert datasets.valid[0].sequences.num_tokens == tokens
+    assert datasets.test[1].sequences.num_tokens < tokens
 
 
 def test_a_share_that_never_comes_up_is_an_error(two: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
+import uuid
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def _make(folder: Path, build: Callable[[], Arrays]) -> Arrays:
 
 
 def _save(folder: Path, arrays: Arrays) -> None:
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    partial = new_folder_beside(folder)
     try:
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array, allow_pickle=False)
@@ -89,3 +89,10 @@ def _save(folder: Path, arrays: Arrays) -> None:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def new_folder_beside(folder: Path) -> Path:
+    """A folder that no other process has, to be renamed to `folder`; readable for all that may read here."""
+    partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
+    return partial

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sysconfig
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import DataConfig
+from megatron_moe.data.cache import new_folder_beside
 from megatron_moe.data.encode import Encoder
 from megatron_moe.data.indexed import IndexedWriter, Manifest, with_ending
 from megatron_moe.data.tokenizer import end_of_document, train_tokenizer
@@ -70,7 +70,7 @@ def _build(documents: list[tuple[str, str]], data: DataConfig, folder: Path) -> 
     train = [text for (_, text), held in zip(documents, held_out, strict=True) if not held]
     valid = [text for (_, text), held in zip(documents, held_out, strict=True) if held]
     tokenizer = train_tokenizer(train, data.tokenizer_vocab_size)
-    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    partial = new_folder_beside(folder)
     try:
         write_indexed(train, tokenizer, partial / "train")
         write_indexed(valid, tokenizer, partial / "valid")

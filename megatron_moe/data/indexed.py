@@ -96,6 +96,9 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
     names = {field.name for field in fields(Manifest)}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
+        counts = [values[name] for name in ("documents", "tokens", "text_bytes", "largest_id", "vocab_size")]
+        if not all(isinstance(count, int) for count in counts):
+            raise TypeError("its counts must be whole numbers")
         return Manifest(**{name: values[name] for name in names})
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: is no manifest of a dataset ({error}); remove it, or preprocess again") from None

@@ -70,7 +70,10 @@ class _MicroBatches(Dataset):
         self.end = end
 
     def __getitem__(self, first: int) -> dict[str, Tensor]:
-        ids = torch.from_numpy(np.stack([self.dataset[first + i] for i in range(self.size)]))  # [b, s + 1]
+        samples = range(first, first + self.size)
+        if self.end is not None:
+            samples = [min(sample, self.end - 1) for sample in samples]  # those beyond do not count
+        ids = torch.from_numpy(np.stack([self.dataset[sample] for sample in samples]))  # [b, s + 1]
         tokens, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         batch = {
             "tokens": tokens,
@@ -80,7 +83,7 @@ class _MicroBatches(Dataset):
         }
         options = self.options
         if options.eod_mask_loss or options.reset_position_ids or options.reset_attention_mask:
-            lengths = [self.dataset.document_lengths(first + i) for i in range(self.size)]
+            lengths = [self.dataset.document_lengths(sample) for sample in samples]
             batch |= by_document(lengths, options)
         if self.end is not None:
             batch["loss_mask"][max(self.end - first, 0) :] = 0.0

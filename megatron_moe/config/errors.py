@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 
 
 def exit_code_of(command: Callable[[], None]) -> int:
-    """Run a tool's command: 0, or 2 where the user can mend what went wrong, which is told without a traceback."""
+    """Run a tool's command: 0, 2 where the user can mend what went wrong, or 130 after Ctrl-C; without a traceback."""
     try:
         command()
     except ConfigError as error:
@@ -32,4 +32,7 @@ def exit_code_of(command: Callable[[], None]) -> int:
     except OSError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
     return 0

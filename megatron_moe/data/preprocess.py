@@ -157,11 +157,12 @@ def _finished(job: Job) -> Manifest | None:
     manifest = read_manifest(job.output)  # the last file to appear
     if not present or (manifest is None and with_ending(job.output, "partial").exists()):
         return None
-    same = manifest is not None and (
-        manifest.options == job.options()
+    same = (
+        manifest is not None
+        and manifest.options == job.options()
         and manifest.tokenizer_sha256 == sha256_of(job.tokenizer)
-        and [[s["path"], s["bytes"]] for s in manifest.sources]
-        == [[str(s.path), s.path.stat().st_size] for s in job.sources]
+        and [(source["path"], source["sha256"]) for source in manifest.sources]
+        == [(str(source.path), sha256_of(source.path)) for source in job.sources]
     )
     if not same:
         raise ConfigError(

@@ -108,7 +108,7 @@ def find_sources(inputs: Iterable[str], format: Format | None = None) -> list[So
         format: of all of them; None: by their endings, and a folder's other files are left out.
 
     Raises:
-        ConfigError: with one line per input that names no text.
+        ConfigError: with one line per input that names no text, and per file that is named twice.
     """
     sources, problems = [], []
     for name in inputs:
@@ -127,6 +127,8 @@ def find_sources(inputs: Iterable[str], format: Format | None = None) -> list[So
             found = []
         sources += found
         problems += [] if found else [problem]
+    paths = [source.path.resolve() for source in sources]
+    problems += [f"{path}: is named twice" for path, count in Counter(paths).items() if count > 1]
     if problems:
         raise ConfigError(*problems)
     return sources
@@ -137,9 +139,10 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _format_of(path: Path) -> Format | None:
-    if path.suffix in COMPRESSION:
-        path = path.with_suffix("")
-    return ENDINGS.get(path.suffix)
+    if path.suffix not in COMPRESSION:
+        return ENDINGS.get(path.suffix)
+    inner = ENDINGS.get(path.with_suffix("").suffix)
+    return None if inner is Format.parquet else inner
 
 
 def _endings() -> str:
@@ -289,6 +292,8 @@ def text_of(record: Record, format: Format, field: str) -> str | Problem:
     if isinstance(value, Problem):
         return value
     if isinstance(value, bytes):
+        if len(value) > MAX_RECORD_BYTES:
+            return _too_long()
         has_mark = record.number == 1 and format is not Format.parquet
         try:
             value = value.decode("utf-8-sig" if has_mark else "utf-8")

@@ -221,7 +221,7 @@ def test_finished_blocks_are_not_tokenized_again(
         (lambda folder: (folder / "tokenizer.json").write_text(TOKENIZER + "\n"), "tokenizer"),
         (lambda folder: ["--end-of-document", "none"], "options"),
         (lambda folder: ["--field", "body"], "options"),
-        (lambda folder: ["--input", "docs.jsonl", "docs.jsonl"], "files, times of change"),
+        (lambda folder: ["--input", "docs.jsonl", "tokenizer.json"], "files, times of change"),
     ],
 )
 def test_another_job_does_not_go_on_with_this_one(
@@ -503,30 +503,43 @@ def test_the_number_of_workers_changes_nothing(
 
 
 def test_a_chain_of_kills_changes_nothing(corpus: Path, uninterrupted: tuple[list[bytes], float]) -> None:
+    """At random moments, and in every other run as soon as it has got on."""
     expected, seconds = uninterrupted
     numbers = random.Random(4)
-    kills, chains, kills_at_work = 0, 0, 0
+    kills = kills_at_work = chains = 0
     while kills < 20:
         chains += 1
-        position = Position()
-        for patience in [*(numbers.uniform(0.3, 1.0) * seconds for _ in range(10)), None]:
+        progress = corpus / f"chain{chains}.partial" / "progress.json"
+        for attempt in range(11):
+            before = Progress.load(progress).position
             process = start(corpus, f"chain{chains}")
-            try:
-                process.wait(patience)
+            if attempt == 10:
                 finish(process)
+            elif attempt % 2:
+                wait_for(lambda: process.poll() is not None or Progress.load(progress).position > before, 60)  # noqa: B023
+            else:
+                wait_for(lambda: process.poll() is not None, numbers.uniform(0.3, 1.0) * seconds)  # noqa: B023
+            if process.poll() is not None:
                 break
-            except subprocess.TimeoutExpired:
-                process.kill()
-            process.wait()
-            assert not survivors(process.pid)
+            process.kill()
             process.communicate()
+            assert not survivors(process.pid)
             kills += 1
-            if (progress := corpus / f"chain{chains}.partial" / "progress.json").exists():
-                before, position = position, Progress.load(progress).position
-                assert position >= before
-                kills_at_work += position > before
+            assert Progress.load(progress).position >= before
+            kills_at_work += Progress.load(progress).position > before
         assert files_of(corpus / f"chain{chains}") == expected
-    assert kills_at_work > 1  # the others came before the first block or after the last
+    assert kills_at_work > 5
+
+
+def test_an_interrupted_command_goes_on(corpus: Path, uninterrupted: tuple[list[bytes], float]) -> None:
+    process = start(corpus, "interrupted")
+    assert wait_for((corpus / "interrupted.partial" / "progress.json").exists, 60)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.splitlines()) == (130, ["interrupted"])
+    assert not survivors(process.pid)
+    finish(start(corpus, "interrupted"))
+    assert files_of(corpus / "interrupted") == uninterrupted[0]
 
 
 def test_a_killed_worker_ends_the_command(corpus: Path, uninterrupted: tuple[list[bytes], float]) -> None:
@@ -534,7 +547,7 @@ def test_a_killed_worker_ends_the_command(corpus: Path, uninterrupted: tuple[lis
         return [p for p in processes_of(process.pid) if "spawn_main" in " ".join(p.cmdline())]
 
     process = start(corpus, "bereft")
-    assert wait_for((corpus / "bereft.partial" / "progress.json").exists)
+    assert wait_for((corpus / "bereft.partial" / "progress.json").exists, 60)
     workers()[0].send_signal(signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2

@@ -154,13 +154,21 @@ def test_a_name_that_looks_like_a_pattern_is_a_file_first(tmp_path: Path) -> Non
         ("missing/*.jsonl", r"missing/\*.jsonl: no such file or folder, and no file matches it"),
         ("folder", "folder: holds no text: no file that ends in .jsonl"),
         ("folder/a.bz2", "folder/a.bz2: unknown ending; --format says what it holds"),
+        ("folder/a.parquet.gz", "folder/a.parquet.gz: unknown ending"),
     ],
 )
 def test_inputs_without_text_are_named(tmp_path: Path, name: str, reason: str) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "a.bz2").touch()
+    (tmp_path / "folder" / "a.parquet.gz").touch()
     with pytest.raises(ConfigError, match=reason):
         find_sources([str(tmp_path / name)])
+
+
+def test_a_file_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"a\.txt: is named twice"):
+        find_sources([str(tmp_path), f"{tmp_path}/../{tmp_path.name}/a.txt"])
 
 
 def test_all_missing_inputs_are_named_at_once(tmp_path: Path) -> None:

@@ -173,7 +173,8 @@ class DataConfig:
 
     `cache_dir`: of the orders of samples and of `python_stdlib`, for all nodes; `local_cache_dir`: on each node, for a
     copy of the orders (null: none). `num_workers`: processes of each rank that read ahead; 0: it reads by itself.
-    `record_samples`: write the number and digest of each sample to `samples/` in the run's folder.
+    `record_samples`: write each sample's number, source (its place in `train`) and digest to `samples/` in the run's
+    folder.
     """
 
     kind: DataKind = DataKind.python_stdlib

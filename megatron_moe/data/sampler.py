@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_moe.config.schema import DataConfig
-from megatron_moe.data.dataset import SequenceDataset
+from megatron_moe.data.dataset import BlendedDataset, SequenceDataset
 
 
 def micro_batches(
@@ -34,7 +34,7 @@ def micro_batches(
 
     Every `micro_batch_size` samples go to the next data-parallel rank, so a global batch is a contiguous range of
     samples for any number of ranks and any micro batch. From sample `end` on, the loss mask is 0.
-    Each sample's number and digest of its tokens go to `record`, a JSON object a line.
+    Each sample's number, number of its source and digest of its tokens go to `record`, a JSON object a line.
 
     Yields:
         tokens, labels, position_ids: [b, s] int64; under context parallelism this rank's two chunks of s.
@@ -54,7 +54,7 @@ def micro_batches(
     )
     for first, batch in zip(itertools.count(start, stride), loader, strict=False):
         if record is not None:
-            _write_record(record, first, batch["tokens"])
+            _write_record(record, dataset, first, batch["tokens"])
         here = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         here = get_batch_on_this_cp_rank(here, cp_group=pg_collection.cp)
         yield {**here, "sample_ids": torch.arange(first, first + micro_batch_size, device=device)}
@@ -115,8 +115,9 @@ def by_document(lengths: list[np.ndarray], options: DataConfig) -> dict[str, Ten
     return result
 
 
-def _write_record(path: Path, first: int, tokens: Tensor) -> None:
+def _write_record(path: Path, dataset: SequenceDataset, first: int, tokens: Tensor) -> None:
     with path.open("a", encoding="utf-8") as file:
         for sample, row in enumerate(tokens.numpy(), start=first):
             digest = hashlib.sha256(row.astype("<i8").tobytes()).hexdigest()
-            file.write(json.dumps({"sample": sample, "sha256": digest}) + "\n")
+            source = dataset.place(sample)[0] if isinstance(dataset, BlendedDataset) else 0
+            file.write(json.dumps({"sample": sample, "source": source, "sha256": digest}) + "\n")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -70,20 +70,12 @@ def build_datasets(config: Config) -> Datasets:
     Raises:
         ConfigError: a dataset is damaged, too short, holds ids beyond the vocabulary, or was made by another tokenizer.
     """
-    data = config.data
-    if data.kind is DataKind.mock:
-        vocab_size, length = config.model.vocab_size, data.sequence_length
-        train, valid = (MockDataset(vocab_size, length, seed=data.seed + i) for i in range(2))
+    if config.data.kind is DataKind.mock:
+        vocab_size, length, seed = config.model.vocab_size, config.data.sequence_length, config.data.seed
+        train, valid = (MockDataset(vocab_size, length, seed=seed + i) for i in range(2))
         return Datasets(train, [HeldOut("mock", valid, 1.0, None)], [], None, {})
-    sources = _indexed_sources(data)
-    files = from_main(lambda: _examine_all(config, sources))
-    return Datasets(
-        train=_training(config, sources.train, files),
-        valid=_held_out(config, sources, "valid", files),
-        test=_held_out(config, sources, "test", files),
-        tokenizer=_tokenizer_file(data, sources.train),
-        fingerprints={source_name(source): files[source.path].fingerprint for source in sources.train},
-    )
+    data = _indexed(config.data)
+    return _open(data, config.model.vocab_size, from_main(lambda: _examine_all(data, config.model.vocab_size)))
 
 
 def held_out_sources(config: Config, paths: dict[str, str]) -> dict[str, SequenceDataset]:
@@ -92,50 +84,37 @@ def held_out_sources(config: Config, paths: dict[str, str]) -> dict[str, Sequenc
     Raises:
         ConfigError: there are none, or one cannot be read.
     """
+    data, vocab_size = config.data, config.model.vocab_size
+    held_out = []
     if paths:
-        sources = _Sources([], [DataSource(path=path, name=name) for name, path in paths.items()], [], 0.0, 0.0)
-        held_out = _held_out(config, sources, "valid", _examine_all(config, sources))
-    elif config.data.kind is DataKind.mock:
-        held_out = []
-    else:
+        named = [DataSource(path=path, name=name) for name, path in paths.items()]
+        data = replace(data, kind=DataKind.blend, train=[], valid=named, test=[], valid_fraction=0.0, test_fraction=0.0)
+        held_out = _held_out(data, "valid", vocab_size, _examine_all(data, vocab_size))
+    elif data.kind is not DataKind.mock:
         held_out = build_datasets(config).valid
     if not held_out:
-        raise ConfigError(f"data.kind={config.data.kind.value}: there is no held-out text; name indexed datasets")
+        raise ConfigError(f"data.kind={data.kind.value}: there is no held-out text; name indexed datasets")
     return {source.name: source.sequences for source in held_out}
 
 
-@dataclass(frozen=True)
-class _Sources:
-    """Indexed datasets of each part; where a part has none, its share of the documents of the training sources."""
-
-    train: Sequence[DataSource]
-    valid: Sequence[DataSource]
-    test: Sequence[DataSource]
-    valid_fraction: float
-    test_fraction: float
-
-    def all(self) -> Iterable[DataSource]:
-        return [*self.train, *self.valid, *self.test]
-
-
-def _indexed_sources(data: DataConfig) -> _Sources:
+def _indexed(data: DataConfig) -> DataConfig:
+    """The same as a blend of indexed datasets, which are made where they are not there yet."""
     if data.kind is DataKind.blend:
-        return _Sources(data.train, data.valid, data.test, data.valid_fraction, data.test_fraction)
+        return data
     folder = Path(from_main(lambda: str(prepare_python_stdlib(data))))
     train, valid = (DataSource(path=str(folder / name), name=data.kind.value) for name in ("train", "valid"))
-    return _Sources([train], [valid], [], 0.0, 0.0)
+    return replace(data, kind=DataKind.blend, train=[train], valid=[valid], valid_fraction=0.0)
 
 
-def _examine_all(config: Config, sources: _Sources) -> dict[str, IndexedFiles]:
+def _examine_all(data: DataConfig, vocab_size: int) -> dict[str, IndexedFiles]:
     found, problems = {}, []
-    for path in dict.fromkeys(source.path for source in sources.all()):
+    for path in dict.fromkeys(source.path for source in [*data.train, *data.valid, *data.test]):
         try:
             found[path] = examine(path)
-            check_vocabulary(found[path], config.model.vocab_size)
+            check_vocabulary(found[path], vocab_size)
         except ConfigError as error:
             problems += error.problems
-    if config.data.kind is DataKind.blend:
-        problems += _tokenizer_problems(config.data, found.values())
+    problems += _tokenizer_problems(data, found.values())
     if problems:
         raise ConfigError(*problems)
     return found
@@ -156,31 +135,37 @@ def _tokenizer_problems(data: DataConfig, files: Iterable[IndexedFiles]) -> list
     ]
 
 
-def _training(config: Config, sources: Sequence[DataSource], files: dict[str, IndexedFiles]) -> SequenceDataset:
-    datasets = [_packed(config, files[source.path], "train") for source in sources]
-    return datasets[0] if len(datasets) == 1 else BlendedDataset(datasets, [source.weight for source in sources])
+def _open(data: DataConfig, vocab_size: int, files: dict[str, IndexedFiles]) -> Datasets:
+    train = [_packed(data, files[source.path], "train", vocab_size) for source in data.train]
+    return Datasets(
+        train=train[0] if len(train) == 1 else BlendedDataset(train, [source.weight for source in data.train]),
+        valid=_held_out(data, "valid", vocab_size, files),
+        test=_held_out(data, "test", vocab_size, files),
+        tokenizer=_tokenizer_file(data),
+        fingerprints={source_name(source): files[source.path].fingerprint for source in data.train},
+    )
 
 
-def _held_out(config: Config, sources: _Sources, part: str, files: dict[str, IndexedFiles]) -> list[HeldOut]:
-    own = getattr(sources, part)
-    if not own and not getattr(sources, f"{part}_fraction"):
+def _held_out(data: DataConfig, part: str, vocab_size: int, files: dict[str, IndexedFiles]) -> list[HeldOut]:
+    """The datasets of a part, or where it has none the documents of the training sources that are dealt to it."""
+    own = getattr(data, part)
+    if not own and not getattr(data, f"{part}_fraction"):
         return []
     return [
         HeldOut(
             source_name(source),
-            _packed(config, files[source.path], "all" if own else part),
+            _packed(data, files[source.path], "all" if own else part, vocab_size),
             source.weight,
             files[source.path].tokens_per_byte,
         )
-        for source in own or sources.train
+        for source in own or data.train
     ]
 
 
-def _packed(config: Config, files: IndexedFiles, part: str) -> PackedDataset:
+def _packed(data: DataConfig, files: IndexedFiles, part: str, vocab_size: int) -> PackedDataset:
     """All documents of a dataset, or those dealt to a part."""
-    data = config.data
     cache = ArrayCache(Path(data.cache_dir), Path(data.local_cache_dir) if data.local_cache_dir else None)
-    shares = {"valid": data.valid_fraction, "test": data.test_fraction} if data.kind is DataKind.blend else {}
+    shares = {"valid": data.valid_fraction, "test": data.test_fraction}
     documents: np.ndarray | None = None
     if part != "all" and any(shares.values()):
         key = {"fingerprint": files.fingerprint, "shares": shares, "seed": data.seed}
@@ -189,17 +174,17 @@ def _packed(config: Config, files: IndexedFiles, part: str) -> PackedDataset:
         files,
         documents,
         sequence_length=data.sequence_length,
-        vocab_size=config.model.vocab_size,
+        vocab_size=vocab_size,
         seed=data.seed,
         cache=cache,
     )
 
 
-def _tokenizer_file(data: DataConfig, sources: Sequence[DataSource]) -> Path | None:
+def _tokenizer_file(data: DataConfig) -> Path | None:
     """As given, else the one beside the first training source."""
     if data.tokenizer is not None:
         return tokenizer_file(Path(data.tokenizer))
-    path = with_ending(sources[0].path, "tokenizer.json")
+    path = with_ending(data.train[0].path, "tokenizer.json")
     return path if path.is_file() else None
 
 

@@ -42,7 +42,7 @@ def pretrain(cwd: Path, folder: Path, *arguments: str) -> subprocess.CompletedPr
     return run_cli("pretrain.py", *options, *arguments, cwd=cwd)
 
 
-def take_records(run: Path) -> list[list[tuple[int, str]]]:
+def take_records(run: Path) -> list[list[tuple[int, int, str]]]:
     """By rank; they are gone after that."""
     by_rank = []
     for file in sorted((run / "samples").glob("rank_*.jsonl")):
@@ -63,7 +63,7 @@ def test_the_samples_of_a_run_that_changes_ranks_are_those_of_the_data(tmp_path:
         ("4", "6", "train.micro_batch_size=1", "data.num_workers=0"),
         ("1", "9", "train.micro_batch_size=4", "data.num_workers=2"),
     ]
-    seen: list[tuple[int, str]] = []
+    seen: list[tuple[int, int, str]] = []
     run = tmp_path / "runs" / "a"
     for ranks, last, *others in stages:
         if last == "9":
@@ -76,7 +76,7 @@ def test_the_samples_of_a_run_that_changes_ranks_are_those_of_the_data(tmp_path:
         assert len(by_rank) == int(ranks)
         new = sorted(sample for rank in by_rank for sample in rank)
         until = metrics_of(run)[-1]["consumed_tokens"] // 32
-        assert [i for i, _ in new] == list(range(len(seen), until))
+        assert [i for i, *_ in new] == list(range(len(seen), until))
         seen += new
     logged = metrics_of(run)
     assert [line["train/batch_size"] for line in logged] == [4, 4, 4, 4, 8, 8, 8, 8, 8]
@@ -86,8 +86,9 @@ def test_the_samples_of_a_run_that_changes_ranks_are_those_of_the_data(tmp_path:
 
     data = build_datasets(compose_config([*data_options(elsewhere), f"data.cache_dir={tmp_path}/other"])).train
     digests = [hashlib.sha256(data[i][:-1].astype("<i8").tobytes()).hexdigest() for i in range(len(seen))]
-    assert seen == list(enumerate(digests))
-    last_of_short = max(number for source, number in map(data.place, range(len(seen))) if source == 1)
+    places = [data.place(i) for i in range(len(seen))]
+    assert seen == [(i, source, digests[i]) for i, (source, _) in enumerate(places)]
+    last_of_short = max(number for source, number in places if source == 1)
     assert last_of_short > len(data.datasets[1])
 
     path = elsewhere / "short.bin"

@@ -150,14 +150,14 @@ def preprocess(folder: Path, workers: int) -> float:
     """Seconds of a whole run of the command's work, reading, digests and the start of workers included."""
     from megatron_moe.data.preprocess import Job
     from megatron_moe.data.preprocess import preprocess as run
-    from megatron_moe.data.text_files import Reading, find_sources
+    from megatron_moe.data.text_files import Reading, find_text_files
 
     output = folder / f"data{workers}"
     for file in folder.glob(f"{output.name}.*"):
         file.unlink()
     start = time.perf_counter()
     job = Job(
-        sources=find_sources([str(folder / "docs.jsonl")]),
+        sources=find_text_files([str(folder / "docs.jsonl")]),
         reading=Reading(),
         tokenizer=folder / "tokenizer.json",
         end_of_document=1,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from megatron_moe.config.schema import Config
-    from megatron_moe.data.dataset import PackedDataset, SequenceDataset
+    from megatron_moe.data.dataset import BlendedDataset
     from megatron_moe.data.sources import Datasets
 
 BAR = 40  # characters of the longest bar
@@ -48,10 +48,10 @@ def inspect(args: argparse.Namespace) -> None:
     quiet()
     if args.sample is not None and args.sample < 0:
         raise ConfigError(f"--sample={args.sample}: must not be negative")
-    if Path(args.data).is_dir():
-        inspect_run(Path(args.data), args)
-    else:
+    if with_ending(args.data, "idx").is_file() or not Path(args.data).is_dir():
         inspect_dataset(args.data, args)
+    else:
+        inspect_run(Path(args.data), args)
 
 
 def inspect_dataset(prefix: str, args: argparse.Namespace) -> None:
@@ -81,19 +81,15 @@ def inspect_run(folder: Path, args: argparse.Namespace) -> None:
     if config.data.kind is DataKind.mock:
         raise ConfigError(f"{folder}: was trained on random tokens (data.kind=mock), which no file holds")
     datasets = build_datasets(config)
+    sources = datasets.train.datasets
     if args.verify:
         held_out = [source.sequences for source in [*datasets.valid, *datasets.test]]
-        verify(source.files.prefix for dataset in (datasets.train, *held_out) for source in sources_of(dataset))
+        verify(source.files.prefix for source in [*sources, *held_out])
     if args.sample is not None:
         print_sample(args.sample, datasets.train, tokenizer_of(args.tokenizer or datasets.tokenizer))
         return
-    print_parts(config, datasets)
-    print_histogram(np.concatenate([source.lengths for source in sources_of(datasets.train)]))
-
-
-def sources_of(dataset: SequenceDataset) -> list[PackedDataset]:
-    """The datasets of a blend, or the dataset itself."""
-    return getattr(dataset, "datasets", [dataset])
+    print_uses(config, datasets)
+    print_histogram(np.concatenate([source.lengths for source in sources]))
 
 
 def tokenizer_of(path: Path | None) -> Tokenizer:
@@ -152,20 +148,20 @@ def print_dataset(lengths: np.ndarray, manifest: Manifest | None) -> None:
         print(f"{name:<18} {text}")
 
 
-def print_parts(config: Config, datasets: Datasets) -> None:
-    """Each source's part in the run."""
-    from megatron_moe.data.sources import parts
+def print_uses(config: Config, datasets: Datasets) -> None:
+    """What the run makes of each source."""
+    from megatron_moe.data.sources import source_uses
 
     table = Table(*("source", "documents", "tokens", "share of samples", "tokens in the run", "epochs"), box=None)
-    for part in parts(config, datasets):
-        tokens = part.samples * config.data.sequence_length
+    for use in source_uses(config, datasets):
+        tokens = use.samples * config.data.sequence_length
         table.add_row(
-            part.name,
-            f"{part.documents:,}",
-            f"{part.tokens:,}",
-            f"{part.share:.2%}",
+            use.name,
+            f"{use.documents:,}",
+            f"{use.tokens:,}",
+            f"{use.share:.2%}",
             f"{tokens:,.0f}",
-            f"{part.epochs:.2f}",
+            f"{use.epochs:.2f}",
         )
     Console(width=120).print(table)
 
@@ -178,15 +174,13 @@ def print_histogram(lengths: np.ndarray) -> None:
         print(f"{2**power:>12,} {count:>12,} {'#' * max(1, round(BAR * count / counts.max()))}")
 
 
-def print_sample(number: int, train: SequenceDataset, tokenizer: Tokenizer) -> None:
+def print_sample(number: int, train: BlendedDataset, tokenizer: Tokenizer) -> None:
     """A training sample, document by document."""
-    source, index = 0, number
-    if hasattr(train, "place"):
-        source, index = train.place(number)
-    packed = sources_of(train)[source]
+    source, index = train.place(number)
+    packed = train.datasets[source]
     ids, start = packed[index], 0
     print(f"sample {number:,}: sequence {index:,} of {packed.files.prefix}, epoch {index // len(packed)}")
-    for document, offset, length in packed.parts(index):
+    for document, offset, length in packed.pieces(index):
         title = f"document {document:,} of {packed.files.prefix}, tokens {offset:,} to {offset + length - 1:,}"
         print_document(tokenizer, title, ids[start : start + length])
         start += length

@@ -6,7 +6,6 @@ python tools/preprocess_data.py --input FILES|FOLDER|GLOB --tokenizer DIR --outp
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_moe.config.errors import ConfigError, exit_code_of
-from megatron_moe.data.arguments import add_input_arguments, reading_of, sources_of
+from megatron_moe.data.arguments import add_input_arguments, reading_of, text_files_of
+from megatron_moe.distributed.launch import available_cores
 from megatron_moe.metrics.throughput import format_duration
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     add_input_arguments(parser)
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer.json, or its folder")
     parser.add_argument("--output", type=Path, required=True, metavar="PREFIX", help="path of the dataset, no ending")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: cores)")
+    parser.add_argument("--workers", type=int, default=available_cores(), help="processes (default: cores)")
     parser.add_argument(
         "--end-of-document",
         metavar="TOKEN",
@@ -68,7 +68,7 @@ def job_of(args: argparse.Namespace) -> Job:
     tokenizer = load_tokenizer(args.tokenizer)
     end = None if args.end_of_document == "none" else end_of_document(tokenizer, args.end_of_document)
     return Job(
-        sources=sources_of(args),
+        sources=text_files_of(args),
         reading=reading_of(args),
         tokenizer=tokenizer_file(args.tokenizer),
         end_of_document=end,
@@ -108,6 +108,8 @@ class ProgressDisplay:
         now = (time.monotonic(), progress.documents, progress.tokens, bytes_read)
         self.first = self.first or now
         text = rates(self.first, now, self.total_bytes)
+        if bytes_read == self.total_bytes:
+            text += " | computing digests"
         if self.bar is not None:
             self.bar.update(self.task, completed=bytes_read, description=text)
         elif now[0] - self.last_line > SECONDS_BETWEEN_LINES:

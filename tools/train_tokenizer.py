@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_moe.config.errors import ConfigError, exit_code_of
-from megatron_moe.data.arguments import add_input_arguments, reading_of, sources_of
+from megatron_moe.data.arguments import add_input_arguments, reading_of, text_files_of
 from megatron_moe.data.text_files import documents
 from megatron_moe.data.tokenizer import SMALLEST_VOCABULARY, train_tokenizer
 from megatron_moe.hugging_face.tokenizer import open_tokenizer
@@ -39,7 +39,7 @@ def train(args: argparse.Namespace) -> None:
     if file.exists():
         raise ConfigError(f"{file}: exists; remove it or give another --output")
     skipped: Counter[str] = Counter()
-    texts = documents(sources_of(args), reading_of(args), skip=args.on_error == "skip", skipped=skipped)
+    texts = documents(text_files_of(args), reading_of(args), skip=args.on_error == "skip", skipped=skipped)
     tokenizer = train_tokenizer(texts, args.vocab_size, show_progress=sys.stderr.isatty())
     args.output.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(file))

@@ -31,6 +31,9 @@ FIXED_OPTIONS = (
     "data.sequence_length",
     "data.valid_fraction",
     "data.test_fraction",
+    "data.eod_mask_loss",
+    "data.reset_position_ids",
+    "data.reset_attention_mask",
     "data.tokenizer_vocab_size",
     "precision.dtype",
     "train.seed",
@@ -118,7 +121,7 @@ class Checkpointer:
                 f"checkpoint.init_from={self.config.run.dir} and another run.name"
             )
         check_same_run(saved_options, self.config)
-        check_same_data(description.get("data", self.fingerprints), self.fingerprints, saved[-1])
+        check_same_data(description.get("data", {}), self.fingerprints, saved[-1])
         same_ranks = description["world_size"] == dist.get_world_size()
         request = self.sharded_state_dict(is_loading=True, with_rng=same_ranks)
         loaded = dist_checkpointing.load(request, str(saved[-1]))

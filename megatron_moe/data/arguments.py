@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_moe.data.text_files import Format, Reading, Source, find_sources
+from megatron_moe.data.text_files import Format, Reading, TextFile, find_text_files
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,13 +21,13 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sources_of(args: argparse.Namespace) -> list[Source]:
+def text_files_of(args: argparse.Namespace) -> list[TextFile]:
     """The files that the arguments name.
 
     Raises:
         ConfigError: there is none.
     """
-    return find_sources(args.input, Format(args.format) if args.format else None)
+    return find_text_files(args.input, Format(args.format) if args.format else None)
 
 
 def reading_of(args: argparse.Namespace) -> Reading:

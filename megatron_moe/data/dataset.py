@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.data.cache import ArrayCache
 from megatron_moe.data.indexed import HEADER, MAGIC, TYPE_CODES, Manifest, read_manifest, with_ending
-from megatron_moe.data.order import draw_epoch, period_of, turns
+from megatron_moe.data.order import FORMAT, draw_epoch, period_of, turns
 
 LOOKED_AT = 64 * 2**20  # bytes of the ids that a fingerprint covers, spread over the file
 
@@ -37,7 +37,8 @@ class IndexedFiles:
 
     Attributes:
         prefix: its path without ending.
-        fingerprint: of its lengths and of LOOKED_AT bytes of its ids, all where it has no more.
+        fingerprint: of its lengths, of LOOKED_AT bytes of its ids (all where it has no more), of the digest of all ids
+            that its manifest tells, and of FORMAT.
         num_documents: in it.
         smallest_id: of the bytes looked at.
         largest_id: of these, or by its manifest.
@@ -78,8 +79,11 @@ def examine(prefix: str) -> IndexedFiles:
             f"{prefix}.idx has {len(dataset):,} and {num_tokens:,}; they do not belong together"
         )
     fingerprint, smallest_id, largest_id = _look_at(prefix, dataset.index.dtype)
+    known = str(FORMAT)
     if manifest is not None:
         largest_id = max(largest_id, manifest.largest_id)
+        known += manifest.bin_sha256
+    fingerprint = hashlib.sha256(f"{known}{fingerprint}".encode()).hexdigest()
     return IndexedFiles(prefix, fingerprint, len(dataset), smallest_id, largest_id, manifest)
 
 
@@ -175,22 +179,23 @@ class PackedDataset:
         self.num_tokens = int(self.lengths.sum(dtype=np.int64))
         if len(self) < 1:
             raise ConfigError(
-                f"{files.prefix}: {len(self.lengths)} documents with {self.num_tokens} tokens, fewer than one "
-                f"sequence of data.sequence_length={sequence_length} and its target"
+                f"{files.prefix}: {len(self.lengths):,} of its {files.num_documents:,} documents, with "
+                f"{self.num_tokens:,} tokens, are fewer than one sequence of data.sequence_length={sequence_length} "
+                "and its target" + ("" if documents is None else "; data.valid_fraction, data.test_fraction deal out")
             )
         self._orders: dict[int, dict[str, np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return (self.num_tokens - 1) // self.sequence_length
+        return max(0, self.num_tokens - 1) // self.sequence_length
 
     def __getitem__(self, index: int) -> np.ndarray:
-        ids = np.concatenate([self._indexed.get(*part) for part in self.parts(index)])
+        ids = np.concatenate([self._indexed.get(*part) for part in self.pieces(index)])
         _check_ids(self.files.prefix, int(ids.min()), int(ids.max()), self.vocab_size)
         return ids.astype(np.int64)
 
     def document_lengths(self, index: int) -> np.ndarray:
         """See SequenceDataset."""
-        return np.array([length for _, _, length in self.parts(index)])
+        return np.array([length for _, _, length in self.pieces(index)])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -198,7 +203,7 @@ class PackedDataset:
         lengths = self._indexed.sequence_lengths
         return lengths if self._documents is None else lengths[self._documents]
 
-    def parts(self, index: int) -> list[tuple[int, int, int]]:
+    def pieces(self, index: int) -> list[tuple[int, int, int]]:
         """The pieces of documents that make up a sequence: document, offset, length."""
         epoch, position = divmod(index, len(self))
         order = self._order(epoch)
@@ -216,6 +221,7 @@ class PackedDataset:
         if epoch not in self._orders:
             self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) == 1}
             key = {
+                "format": FORMAT,
                 "fingerprint": self.files.fingerprint,
                 "documents": self._part,
                 "sequence_length": self.sequence_length,
@@ -250,13 +256,13 @@ def _check_ids(prefix: str, smallest: int, largest: int, vocab_size: int) -> Non
 
 
 class BlendedDataset:
-    """Several datasets in fixed shares: after any number of samples each has its share to within one sample.
+    """Datasets in fixed shares: after any number of samples each has its share, in millionths, to within one sample.
 
     Raises:
         ConfigError: a share is too small to come up.
     """
 
-    def __init__(self, datasets: Sequence[SequenceDataset], weights: Sequence[float]) -> None:
+    def __init__(self, datasets: Sequence[PackedDataset], weights: Sequence[float]) -> None:
         self.datasets = datasets
         self.counts = period_of(weights)
         if 0 in self.counts:
@@ -279,6 +285,11 @@ class BlendedDataset:
         """See SequenceDataset."""
         source, number = self.place(index)
         return self.datasets[source].document_lengths(number)
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the samples, by dataset."""
+        return [count / len(self._turns) for count in self.counts]
 
     def place(self, index: int) -> tuple[int, int]:
         """Which source a sample comes from, and its number there."""

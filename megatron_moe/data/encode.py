@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from megatron_moe.data.indexed import id_type
+from megatron_moe.data.tokenizer import num_ids
 
 BATCH_CHARACTERS = 2**19  # encoded at once; an encoding takes about 100 bytes a token
 PIECE_CHARACTERS = 2**20  # of a long document
@@ -29,7 +30,9 @@ class Piece(NamedTuple):
 class Encoder:
     """A tokenizer that ends each document with a token, and takes special tokens in a text for text.
 
-    A document of more than PIECE_CHARACTERS is encoded in pieces where the tokenizer gives the same ids for these.
+    A document of more than PIECE_CHARACTERS is encoded in pieces, cut where pre-tokenizers split anyway: after a line,
+    before a word, and only where there is neither, anywhere. Not by a tokenizer that joins what is cut there, of which
+    a probe tells.
 
     Args:
         tokenizer: its way with special tokens is changed.
@@ -41,11 +44,11 @@ class Encoder:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
-        self.vocab_size = 1 + max(tokenizer.get_vocab().values())
+        self.vocab_size = num_ids(tokenizer)
         self.dtype = id_type(self.vocab_size)
         self.tail = np.array([] if end_of_document is None else [end_of_document], dtype=self.dtype)
         whole, *pieces = self._encode(["a b\nc d", "a", " b\n", "c", " d"])
-        self.takes_pieces = np.array_equal(whole, np.concatenate(pieces))
+        self.takes_pieces = tokenizer.pre_tokenizer is not None and np.array_equal(whole, np.concatenate(pieces))
 
     def __call__(self, documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all documents, [tokens], and their lengths with the token that ends them, [documents] int32.

@@ -81,7 +81,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Write as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_json(path, asdict(self))
 
 
 def read_manifest(prefix: Path | str) -> Manifest | None:
@@ -93,15 +93,29 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
     path = with_ending(prefix, "manifest.json")
     if not path.is_file():
         return None
-    names = {field.name for field in fields(Manifest)}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        counts = [values[name] for name in ("documents", "tokens", "text_bytes", "largest_id", "vocab_size")]
-        if not all(isinstance(count, int) for count in counts):
-            raise TypeError("its counts must be whole numbers")
-        return Manifest(**{name: values[name] for name in names})
+        found = {field.name: values[field.name] for field in fields(Manifest)}
+        if wrong := [field.name for field in fields(Manifest) if not isinstance(found[field.name], _kind(field.type))]:
+            raise TypeError(f"wrong type of {', '.join(wrong)}")
+        return Manifest(**found)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path}: is no manifest of a dataset ({error}); remove it, or preprocess again") from None
+
+
+def _kind(annotation: str) -> tuple[type, ...]:
+    kinds = {"int": int, "str": str, "list": list, "dict": dict, "None": type(None)}
+    return tuple(kinds[name.split("[")[0]] for name in annotation.split(" | "))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write in one move, and have it on disk."""
+    new = path.with_suffix(".new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
 
 
 def sha256_of(path: Path) -> str:

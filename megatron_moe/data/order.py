@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 from megatron.core.datasets import helpers
 
+FORMAT = 1  # raised when the same seed would give another order: runs do not go on with another one
 LONGEST_PERIOD = 10**6  # samples; shares are held exactly if they are multiples of one part in so many
 
 

@@ -27,8 +27,8 @@ from filelock import FileLock, Timeout
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.data.encode import Encoder
-from megatron_moe.data.indexed import IndexedWriter, Manifest, read_manifest, sha256_of, with_ending
-from megatron_moe.data.text_files import START, Position, Problem, Reader, Reading, Record, Source, describe, text_of
+from megatron_moe.data.indexed import IndexedWriter, Manifest, read_manifest, sha256_of, with_ending, write_json
+from megatron_moe.data.text_files import START, Position, Problem, Reader, Reading, Record, TextFile, describe, text_of
 from megatron_moe.data.tokenizer import load_tokenizer
 
 ENDINGS = ("bin", "idx", "tokenizer.json", "manifest.json")
@@ -48,13 +48,21 @@ class Job:
         workers: processes.
     """
 
-    sources: list[Source]
+    sources: list[TextFile]
     reading: Reading
     tokenizer: Path
     end_of_document: int | None
     output: Path
     skip: bool = False
     workers: int = 1
+
+    def without_output(self) -> Job:
+        """The same, without files of the output that lie among the input."""
+        output, partial = self.output.resolve(), with_ending(self.output, "partial").resolve()
+        own = {with_ending(output, ending) for ending in ENDINGS}
+        paths = {source: source.path.resolve() for source in self.sources}
+        kept = [s for s in self.sources if paths[s] not in own and partial not in paths[s].parents]
+        return dataclasses.replace(self, sources=kept)
 
     def identity(self) -> dict[str, Any]:
         """What the output follows from, as far as it is cheap to know."""
@@ -92,7 +100,7 @@ class Progress:
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
-        _write_json(path, vars(self))
+        write_json(path, vars(self))
 
     @staticmethod
     def load(path: Path) -> Progress:
@@ -102,16 +110,6 @@ class Progress:
         values = json.loads(path.read_text(encoding="utf-8"))
         position, skipped = Position(*values.pop("position")), Counter(values.pop("skipped"))
         return Progress(position=position, skipped=skipped, **values)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """In one move, and on disk."""
-    new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 @dataclass(frozen=True)
@@ -135,7 +133,7 @@ def preprocess(job: Job, report: Callable[[Progress], None]) -> Manifest:
         ConfigError: a record is no document, there is none, the output exists, is being written by another process, or
             was begun from other files or with other options.
     """
-    partial = with_ending(job.output, "partial")
+    job, partial = job.without_output(), with_ending(job.output, "partial")
     if not partial.exists() and (manifest := _finished(job)) is not None:
         return manifest
     partial.mkdir(parents=True, exist_ok=True)
@@ -148,6 +146,7 @@ def preprocess(job: Job, report: Callable[[Progress], None]) -> Manifest:
             _publish(partial, job.output)
     except Timeout:
         raise ConfigError(f"{job.output}: another process is writing it") from None
+    shutil.rmtree(partial, ignore_errors=True)  # after the lock in it is closed, which NFS asks for
     return read_manifest(job.output)
 
 
@@ -161,8 +160,11 @@ def _finished(job: Job) -> Manifest | None:
         manifest is not None
         and manifest.options == job.options()
         and manifest.tokenizer_sha256 == sha256_of(job.tokenizer)
-        and [(source["path"], source["sha256"]) for source in manifest.sources]
-        == [(str(source.path), sha256_of(source.path)) for source in job.sources]
+        and [source["path"] for source in manifest.sources] == [str(source.path) for source in job.sources]
+        and all(
+            there["bytes"] == here.path.stat().st_size and there["sha256"] == sha256_of(here.path)
+            for there, here in zip(manifest.sources, job.sources, strict=True)
+        )
     )
     if not same:
         raise ConfigError(
@@ -184,7 +186,7 @@ def _check_begun(partial: Path, job: Job) -> None:
         )
     for path in (partial / "progress.json", partial / "data.manifest.json"):
         path.unlink(missing_ok=True)
-    _write_json(file, identity)
+    write_json(file, identity)
 
 
 def _write(partial: Path, job: Job, report: Callable[[Progress], None]) -> None:
@@ -206,25 +208,27 @@ def _write(partial: Path, job: Job, report: Callable[[Progress], None]) -> None:
         raise ConfigError(f"{', '.join(str(s.path) for s in job.sources[:3])}: no documents")
     writer.write_index()
     shutil.copyfile(job.tokenizer, partial / "data.tokenizer.json")
-    sources = [
-        {"path": str(source.path), "bytes": source.path.stat().st_size, "sha256": digest}
-        for source, digest in zip(job.sources, digests, strict=True)
-    ]
-    manifest = Manifest.of(
+    manifest = _describe(partial, job, progress, encoder.vocab_size, digests)
+    _check_begun(partial, job)  # once more: nothing has changed meanwhile
+    manifest.write(partial / "data.manifest.json")
+
+
+def _describe(partial: Path, job: Job, progress: Progress, vocab_size: int, digests: list[str]) -> Manifest:
+    return Manifest.of(
         partial / "data",
         documents=progress.documents,
         tokens=progress.tokens,
         text_bytes=progress.text_bytes,
         largest_id=progress.largest_id,
-        vocab_size=encoder.vocab_size,
+        vocab_size=vocab_size,
         end_of_document=job.end_of_document,
-        sources=sources,
+        sources=[
+            {"path": str(source.path), "bytes": source.path.stat().st_size, "sha256": digest}
+            for source, digest in zip(job.sources, digests, strict=True)
+        ],
         options=job.options(),
         skipped=dict(sorted(progress.skipped.items())),
     )
-    _check_begun(partial, job)  # once more: nothing has changed meanwhile
-    manifest.write(partial / "manifest.new")
-    (partial / "manifest.new").replace(partial / "data.manifest.json")
 
 
 def _append(
@@ -242,7 +246,7 @@ def _append(
 def _stopped(job: Job, record: Record, problem: Problem, partial: Path) -> ConfigError:
     return ConfigError(
         f"{describe(job.sources, record, problem)}; --on-error skip leaves such records out and counts them, and goes "
-        f"on with what {partial} holds"
+        f"on with what {partial} holds; with the file repaired, remove that folder and start over"
     )
 
 
@@ -251,7 +255,6 @@ def _publish(partial: Path, output: Path) -> None:
     for ending in ENDINGS:
         if (path := partial / f"data.{ending}").exists():
             path.replace(with_ending(output, ending))
-    shutil.rmtree(partial)
 
 
 @contextmanager
@@ -259,6 +262,10 @@ def _workers(job: Job) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(job.workers, context, initializer=_start_worker, initargs=(job,))
     try:
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's to handle
+        for _ in range(job.workers):
+            pool.submit(int)
+        signal.signal(signal.SIGINT, handler)
         yield pool
     except BrokenProcessPool:
         raise ConfigError(
@@ -297,7 +304,6 @@ _encoder: Encoder
 
 def _start_worker(job: Job) -> None:
     global _job, _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _job, _encoder = job, Encoder(load_tokenizer(job.tokenizer), job.end_of_document)

@@ -15,6 +15,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import DataConfig
 from megatron_moe.data.dataset import BlendedDataset, SequenceDataset
 
@@ -36,6 +37,9 @@ def micro_batches(
     samples for any number of ranks and any micro batch. From sample `end` on, the loss mask is 0.
     Each sample's number, number of its source and digest of its tokens go to `record`, a JSON object a line.
 
+    Raises:
+        ConfigError: a sample cannot be read.
+
     Yields:
         tokens, labels, position_ids: [b, s] int64; under context parallelism this rank's two chunks of s.
         loss_mask: [b, s] float32, 1 where the loss counts.
@@ -53,6 +57,8 @@ def micro_batches(
         generator=torch.Generator(),  # it draws a seed, which is not to come from the run's own numbers
     )
     for first, batch in zip(itertools.count(start, stride), loader, strict=False):
+        if isinstance(batch, ConfigError):
+            raise batch
         if record is not None:
             _write_record(record, dataset, first, batch["tokens"])
         here = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -69,7 +75,13 @@ class _MicroBatches(Dataset):
         self.options = options
         self.end = end
 
-    def __getitem__(self, first: int) -> dict[str, Tensor]:
+    def __getitem__(self, first: int) -> dict[str, Tensor] | ConfigError:
+        try:
+            return self._read(first)
+        except ConfigError as error:
+            return error  # raised here in a reader's process, it would arrive as the text of a traceback
+
+    def _read(self, first: int) -> dict[str, Tensor]:
         samples = range(first, first + self.size)
         if self.end is not None:
             samples = [min(sample, self.end - 1) for sample in samples]  # those beyond do not count

@@ -138,7 +138,7 @@ def _tokenizer_problems(data: DataConfig, files: Iterable[IndexedFiles]) -> list
 def _open(data: DataConfig, vocab_size: int, files: dict[str, IndexedFiles]) -> Datasets:
     train = [_packed(data, files[source.path], "train", vocab_size) for source in data.train]
     return Datasets(
-        train=train[0] if len(train) == 1 else BlendedDataset(train, [source.weight for source in data.train]),
+        train=BlendedDataset(train, [source.weight for source in data.train]),
         valid=_held_out(data, "valid", vocab_size, files),
         test=_held_out(data, "test", vocab_size, files),
         tokenizer=_tokenizer_file(data),
@@ -189,8 +189,8 @@ def _tokenizer_file(data: DataConfig) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A source's part in a run.
+class SourceUse:
+    """What a run makes of a training source.
 
     Attributes:
         name: of the source.
@@ -209,19 +209,21 @@ class Part:
     epochs: float
 
 
-def parts(config: Config, datasets: Datasets) -> list[Part]:
+def source_uses(config: Config, datasets: Datasets) -> list[SourceUse]:
     """Of all training sources; none on random tokens."""
+    if not isinstance(datasets.train, BlendedDataset):
+        return []
     num_samples = samples_before(config, config.train.train_steps)
-    sources = getattr(datasets.train, "datasets", [datasets.train])
-    counts = getattr(datasets.train, "counts", [1])
     return [
-        Part(
+        SourceUse(
             name=name,
             documents=len(source.lengths),
             tokens=source.num_tokens,
-            share=count / sum(counts),
-            samples=num_samples * count / sum(counts),
-            epochs=num_samples * count / sum(counts) / len(source),
+            share=share,
+            samples=num_samples * share,
+            epochs=num_samples * share / len(source),
         )
-        for name, source, count in zip(datasets.fingerprints, sources, counts, strict=False)
+        for name, source, share in zip(
+            datasets.fingerprints, datasets.train.datasets, datasets.train.shares, strict=True
+        )
     ]

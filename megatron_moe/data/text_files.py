@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 from megatron_moe.config.errors import ConfigError
 
 BLOCK_BYTES = 4 * 2**20  # of records that are worked on together
+RECORD_BYTES = 100  # what a record takes beside its text
 MAX_RECORD_BYTES = 64 * 2**20  # a line or file beyond it is no document: it bounds memory
 COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 UNCOMPRESSED_BYTES = 2**14  # at once; as much is lost, at most, of what precedes damage
@@ -38,7 +39,7 @@ ENDINGS = {
 }
 
 
-class Source(NamedTuple):
+class TextFile(NamedTuple):
     """A file of documents."""
 
     path: Path
@@ -100,7 +101,7 @@ class Reading:
     text_lines: bool = False
 
 
-def find_sources(inputs: Iterable[str], format: Format | None = None) -> list[Source]:
+def find_text_files(inputs: Iterable[str], format: Format | None = None) -> list[TextFile]:
     """The files that are named, lie in a named folder at any depth, or match a pattern, in a fixed order.
 
     Args:
@@ -115,12 +116,12 @@ def find_sources(inputs: Iterable[str], format: Format | None = None) -> list[So
         path = Path(name)
         if path.is_dir():
             files = [p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path))]
-            found = [Source(p, f) for p in sorted(files) if (f := format or _format_of(p))]
+            found = [TextFile(p, f) for p in sorted(files) if (f := format or _format_of(p))]
             problem = f"{name}: holds no text: no file that ends in {_endings()}"
         else:
             matching = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
             matches = [path] if path.is_file() else [Path(match) for match in matching]
-            found = [Source(p, format or _format_of(p)) for p in matches if p.is_file()]
+            found = [TextFile(p, format or _format_of(p)) for p in matches if p.is_file()]
             problem = f"{name}: no such file or folder, and no file matches it"
         if unknown := [s.path for s in found if s.format is None]:
             problem = f"{unknown[0]}: unknown ending; --format says what it holds, or one of {_endings()}"
@@ -152,7 +153,7 @@ def _endings() -> str:
 class Reader:
     """Blocks of records of many files."""
 
-    def __init__(self, sources: list[Source], reading: Reading, start: Position = START) -> None:
+    def __init__(self, sources: list[TextFile], reading: Reading, start: Position = START) -> None:
         self.sources = sources
         self.reading = reading
         self.start = start
@@ -165,7 +166,7 @@ class Reader:
         block, size = [], 0
         for record in self.records():
             block.append(record)
-            size += len(record.payload) if isinstance(record.payload, bytes | str) else 0
+            size += RECORD_BYTES + (len(record.payload) if isinstance(record.payload, bytes | str) else 0)
             if size >= BLOCK_BYTES:
                 yield block, self._after(record)
                 block, size = [], 0
@@ -199,7 +200,7 @@ class Reader:
         if record is None and start.number == 0:
             yield Record(start.source, 0, Problem("empty file", "holds no text"), None)
 
-    def _readable_records(self, source: Source, start: Position, before: int) -> Iterator[Record]:
+    def _readable_records(self, source: TextFile, start: Position, before: int) -> Iterator[Record]:
         if source.format is Format.parquet:
             yield from self._rows(source, start, before)
             return
@@ -213,7 +214,7 @@ class Reader:
                 self.bytes_read = before + raw.tell()
                 yield record
 
-    def _rows(self, source: Source, start: Position, before: int) -> Iterator[Record]:
+    def _rows(self, source: TextFile, start: Position, before: int) -> Iterator[Record]:
         import pyarrow.parquet as pq
 
         row, size, field = 0, source.path.stat().st_size, self.reading.field
@@ -227,7 +228,7 @@ class Reader:
                 if row + num_rows <= start.offset:
                     row += num_rows
                     continue
-                for batch in file.iter_batches(256, row_groups=[group], columns=[field]):
+                for batch in file.iter_batches(32, row_groups=[group], columns=[field]):
                     for value in _bytes_of_text(batch.column(0)).to_pylist():
                         row += 1
                         if row > start.offset:
@@ -310,7 +311,8 @@ def _field_of(line: str, field: str) -> Any:
     try:
         parsed = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return Problem("broken JSON", f"broken JSON: {error}")
+        what = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+        return Problem("broken JSON", f"broken JSON: {what}; each line must be one JSON object")
     if not isinstance(parsed, dict):
         return Problem("wrong type", f"a JSON {type(parsed).__name__} where an object with the field {field!r} is due")
     if field not in parsed:
@@ -335,13 +337,13 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def describe(sources: list[Source], record: Record, problem: Problem) -> str:
+def describe(sources: list[TextFile], record: Record, problem: Problem) -> str:
     """A problem with its place: file, line and reason."""
     line = f":{record.number}" if record.number else ""
     return f"{sources[record.source].path}{line}: {problem.reason}"
 
 
-def documents(sources: list[Source], reading: Reading, *, skip: bool, skipped: Counter[str]) -> Iterator[str]:
+def documents(sources: list[TextFile], reading: Reading, *, skip: bool, skipped: Counter[str]) -> Iterator[str]:
     """All documents, one by one.
 
     Args:

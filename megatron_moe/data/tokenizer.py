@@ -48,6 +48,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise ConfigError(f"tokenizer {file}: {error}") from None
 
 
+def num_ids(tokenizer: Tokenizer) -> int:
+    """One more than the largest id, which can be more than there are entries."""
+    return 1 + max(tokenizer.get_vocab().values(), default=-1)
+
+
 def end_of_document(tokenizer: Tokenizer, token: str | None = None) -> int:
     """Id of the token that ends a document: `token`, or the tokenizer's end of sentence.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_moe.checkpoint.run_folder import read_json, write_json
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.data.tokenizer import BEGIN_OF_SENTENCE, end_of_document, load_tokenizer
+from megatron_moe.data.tokenizer import BEGIN_OF_SENTENCE, end_of_document, load_tokenizer, num_ids, tokenizer_file
 
 FILE = "tokenizer.json"
 BEGINNINGS = (BEGIN_OF_SENTENCE, "<s>", "<|begin_of_text|>")
@@ -49,13 +49,14 @@ def open_tokenizer(path: Path, vocab_size: int) -> TokenizerFile:
         ConfigError: it is none, has no end of a sentence, or has ids that the model has not.
     """
     tokenizer = load_tokenizer(path)
-    largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest >= vocab_size:
-        raise ConfigError(f"tokenizer {path}: has ids up to {largest:,}; the model's vocab_size is {vocab_size:,}")
+    if num_ids(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"tokenizer {path}: has ids up to {num_ids(tokenizer) - 1:,}; the model's vocab_size is {vocab_size:,}"
+        )
     eos_id = end_of_document(tokenizer)
     bos = next((name for name in BEGINNINGS if tokenizer.token_to_id(name) is not None), None)
     return TokenizerFile(
-        path=path / FILE if path.is_dir() else path,
+        path=tokenizer_file(path),
         bos=bos,
         bos_id=None if bos is None else tokenizer.token_to_id(bos),
         eos=tokenizer.id_to_token(eos_id),

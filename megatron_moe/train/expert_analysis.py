@@ -78,9 +78,10 @@ def analyze(run: RestoredRun, sources: Mapping[str, SequenceDataset], num_sample
     Args:
         run: restored.
         sources: held-out sequences by name.
-        num_samples: sequences of each source.
+        num_samples: sequences of each source; rounded up to whole micro batches.
     """
     model = run.config.model
+    num_samples += -num_samples % run.pipeline.micro_batch_size
     report: dict[str, Any] = {
         "run": str(run.folder),
         "model": model.name,

@@ -98,10 +98,11 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
                 if evaluates:
                     evaluation = _evaluate(run)
                     metrics |= evaluation
-                if run.is_due(config.checkpoint.save_interval):
-                    _save(run)
             if logger is not None and metrics:
-                logger.log(run.state.step, metrics)
+                logger.log(run.state.step, metrics)  # before a save: from there on nothing is computed again
+            if run.is_due(config.checkpoint.save_interval):
+                with throughput.paused():
+                    _save(run)
 
     _summarize(run, evaluation)
 
@@ -220,10 +221,9 @@ def _summarize(run: Run, evaluation: Metrics) -> None:
         run.say(f"stopped at step {run.state.step:,} of {train_steps:,}; goes on with a larger train.exit_step or none")
         return
     run.say(f"finished {run.state.step:,} steps in {run.config.run.dir}; another run needs another run.name")
-    if not run.datasets.valid:
-        return
-    loss = (evaluation or _evaluate(run))["valid/lm_loss"]
-    if run.context.is_main:
+    evaluation = evaluation or _evaluate(run)
+    if run.context.is_main and run.datasets.valid:
+        loss = evaluation["valid/lm_loss"]
         entropy = unigram_entropy([(s.sequences, _num_samples(run, s), s.weight) for s in run.datasets.valid])
         run.say(f"held-out loss          {loss:.4f} nats per token")
         run.say(f"unigram entropy        {entropy:.4f} nats per token, of the same held-out tokens")

@@ -27,7 +27,7 @@ from megatron_moe.config.derived import (
     samples_before,
 )
 from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
-from megatron_moe.data.sources import Datasets, parts
+from megatron_moe.data.sources import Datasets, source_uses
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import paper_flops_per_token
@@ -103,8 +103,8 @@ def start_facts(config: Config, world_size: int, device: torch.device, datasets:
 
 def _data_text(config: Config, datasets: Datasets) -> str:
     train = [
-        f"{part.name} {100 * part.share:.4g} % ({part.epochs:.3g} epochs of {part.tokens:,} tokens)"
-        for part in parts(config, datasets)
+        f"{use.name} {100 * use.share:.4g} % ({use.epochs:.3g} epochs of {use.tokens:,} tokens)"
+        for use in source_uses(config, datasets)
     ]
     held_out = [
         f"{part} {source.name} ({len(source.sequences):,} sequences)"

@@ -17,7 +17,7 @@ from megatron_moe.checkpoint.run_folder import find_checkpoint
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import Config, ParallelConfig
-from megatron_moe.data.tokenizer import load_tokenizer
+from megatron_moe.data.tokenizer import load_tokenizer, num_ids
 from megatron_moe.distributed.context import distributed
 from megatron_moe.model.build import build_chunks, in_precision
 from megatron_moe.model.layer_spec import use_transformer_engine
@@ -45,9 +45,9 @@ class RestoredRun:
         if not path.exists():
             raise ConfigError(f"{path}: no such file; give the model's tokenizer.json with --tokenizer")
         tokenizer, vocab_size = load_tokenizer(path), self.config.model.vocab_size
-        if tokenizer.get_vocab_size() > vocab_size:
+        if num_ids(tokenizer) > vocab_size:
             raise ConfigError(
-                f"tokenizer {path}: has {tokenizer.get_vocab_size()} entries, the model model.vocab_size={vocab_size}; "
+                f"tokenizer {path}: has {num_ids(tokenizer)} entries, the model model.vocab_size={vocab_size}; "
                 "give the one that it was trained with"
             )
         return tokenizer
@@ -58,7 +58,10 @@ class RestoredRun:
         (model,) = self.pipeline.model
         positions = torch.arange(tokens.shape[1], device=self.device).expand_as(tokens)
         self.pipeline.begin_micro_batch({"tokens": tokens, "position_ids": positions, "sample_ids": positions[:, 0]})
-        return model(tokens, positions, None)
+        mask = None  # causal, but for a model that was built to be given one
+        if self.config.data.reset_attention_mask:
+            mask = torch.ones(1, 1, *2 * tokens.shape[1:], dtype=torch.bool, device=self.device).triu(diagonal=1)
+        return model(tokens, positions, mask)
 
 
 @contextmanager

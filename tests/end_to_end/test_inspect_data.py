@@ -103,6 +103,11 @@ def test_errors(damage: str | None, arguments: list[str], expected: str, capsys:
     assert expected in capsys.readouterr().err
 
 
+def test_a_dataset_wins_over_a_folder_of_its_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "code").mkdir()
+    assert "documents          100\n" in said(capsys, "code")
+
+
 def test_a_dataset_without_manifest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "code.manifest.json").unlink()
     assert "bytes of text" not in said(capsys, "code")

@@ -95,7 +95,7 @@ def report_of(overrides: list[str]) -> dict:
 
     with tiny_run([*OPTIONS, *overrides]) as (run, _, _):
         restored = RestoredRun(run.config, Path("run"), Path("step"), run.pipeline, run.context.device)
-        return analyze(restored, {"valid": run.valid_data}, 8)
+        return analyze(restored, {"valid": run.datasets.valid[0].sequences}, 8)
 
 
 def test_only_what_the_device_limit_leaves_is_tried() -> None:

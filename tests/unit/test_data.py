@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import struct
 import threading
 from collections import Counter
@@ -250,6 +251,47 @@ def test_a_manifest_must_belong(two: Path) -> None:
     found = problems_of(two, train_on(two))
     assert "a.manifest.json: tells of 124 documents and 7 tokens" in found
     assert "b.manifest.json: tells of 8 documents" in found
+
+
+@pytest.mark.parametrize("change", [{"tokens": "7"}, {"tokenizer_sha256": None}, {"skipped": None}, {"sources": 3}])
+def test_a_manifest_has_values_of_the_right_type(change: dict, two: Path) -> None:
+    path = Path(f"{two}/a.manifest.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert f"a.manifest.json: is no manifest of a dataset (wrong type of {next(iter(change))})" in problems_of(
+        two, train_on(two)
+    )
+
+
+def test_a_share_that_takes_all_documents_leaves_none(two: Path) -> None:
+    tokenizer = load_tokenizer(Path(f"{two}/a.tokenizer.json"))
+    write_indexed([TEXTS[0] * 50], tokenizer, two / "one")
+    found = problems_of(two, f"data.train=[{{path: {two}/one}}]", "data.valid_fraction=0.05")
+    assert "one: 0 of its 1 documents, with 0 tokens, are fewer than one sequence of data.sequence_length=16" in found
+    assert "data.valid_fraction, data.test_fraction deal out" in found
+
+
+def test_orders_are_copied_to_the_node(two: Path, tmp_path: Path) -> None:
+    config = blend_config(two, train_on(two), f"data.local_cache_dir={tmp_path}/local")
+    first = build_datasets(config).train[0]
+    copied = sorted(path.name for path in (tmp_path / "local").iterdir() if path.is_dir())
+    shared = {path.name for path in Path(config.data.cache_dir).iterdir()}
+    assert copied
+    assert shared >= set(copied)
+    shutil.rmtree(config.data.cache_dir)
+    assert build_datasets(config).train[0].tolist() == first.tolist()
+    assert not Path(config.data.cache_dir).exists()
+
+
+def test_a_finished_run_is_evaluated_on_its_test_sets(
+    two: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = blend_config(two, train_on(two), "data.test_fraction=0.2", "train.train_steps=4")
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_: 2.0)
+    context = SimpleNamespace(is_main=True, device=None)
+    loop._summarize(loop.Run(config, context, build_datasets(config), None, None, None, TrainState(4, 0), []), {})
+    said = capsys.readouterr().out
+    assert "test/lm_loss 2.0000" in said
+    assert "held-out loss" not in said
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3", "null", "{}", "\udcff"])

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from megatron_moe.data import encode
 from megatron_moe.data.encode import Encoder
 from megatron_moe.data.indexed import IndexedWriter
-from megatron_moe.data.text_files import Format, Problem, Reader, Reading, Source, text_of
+from megatron_moe.data.text_files import Format, Problem, Reader, Reading, TextFile, text_of
 from megatron_moe.data.tokenizer import END_OF_SENTENCE, train_tokenizer
 
 TEXTS = [f"def f{i}(x):\n    return x + {i}\n\n\n" for i in range(60)] + ["naïve ☃ 𝛼", "it's 12 o'clock -- isn't it?"]
@@ -55,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Path]]:
 
 
 def read(path: Path) -> list[str | Problem]:
-    reader = Reader([Source(path, Format.jsonl)], Reading())
+    reader = Reader([TextFile(path, Format.jsonl)], Reading())
     return [text_of(record, Format.jsonl, "text") for record in reader.records()]
 
 

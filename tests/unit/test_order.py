@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moe.data.order import LONGEST_PERIOD, draw_epoch, period_of, split_documents, turns
+from megatron_moe.data.order import FORMAT, LONGEST_PERIOD, draw_epoch, period_of, split_documents, turns
 
 
 @given(
@@ -131,3 +131,22 @@ def test_each_epoch_has_its_own_order() -> None:
     drawn = [draw_epoch(lengths, documents, 16, seed=seed, epoch=epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
     for name in ("documents", "sequences"):
         assert len({tuple(order[name].tolist()) for order in drawn}) == 3
+
+
+def test_the_order_is_the_one_that_runs_under_way_have() -> None:
+    """Where this must change, `FORMAT` must too."""
+    assert FORMAT == 1
+    dealt = split_documents(10, {"valid": 0.2, "test": 0.1}, 7)
+    assert {name: part.tolist() for name, part in dealt.items()} == {
+        "train": [0, 1, 3, 4, 5, 6, 9],
+        "valid": [7, 8],
+        "test": [2],
+    }
+    lengths, documents = np.array([5, 3, 9, 4], np.int32), np.array([0, 2, 3], np.int32)
+    epoch = draw_epoch(lengths, documents, 4, seed=7, epoch=1)
+    assert {name: array.tolist() for name, array in epoch.items()} == {
+        "documents": [0, 3, 2],
+        "cuts": [[0, 0], [0, 4], [1, 3], [2, 3], [2, 7]],
+        "sequences": [2, 3, 1, 0],
+    }
+    assert turns([5, 3, 2]).tolist() == [0, 1, 0, 2, 0, 1, 0, 1, 0, 2]

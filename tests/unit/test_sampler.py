@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moe.config.derived import batch_size, num_micro_batches
+from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import compose_config
 from megatron_moe.config.schema import Config, DataConfig
 from megatron_moe.data.cache import ArrayCache
@@ -227,3 +229,20 @@ def test_samples_beyond_the_end_do_not_count(blend: BlendedDataset) -> None:
     }
     assert sorted(masks) == [0, 1, 4, 5]
     assert [bool(masks[i].any()) for i in (0, 1, 4, 5)] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_cannot_be_read_is_told_without_a_traceback(blend: BlendedDataset, num_workers: int) -> None:
+    source = blend.datasets[0]
+    options = {"sequence_length": 16, "vocab_size": 50, "seed": 1, "cache": source._cache}
+    batches = micro_batches(
+        BlendedDataset([PackedDataset(source.files, None, **options)], [1.0]),
+        first_sample=0,
+        micro_batch_size=8,
+        options=DataConfig(sequence_length=16, num_workers=num_workers),
+        pg_collection=Groups(Group()),
+        device=torch.device("cpu"),
+    )
+    with pytest.raises(ConfigError) as error:
+        next(batches)
+    assert re.fullmatch(r"\S+long: holds token id \d+; model.vocab_size=50 must be larger .*", str(error.value))

@@ -16,9 +16,9 @@ from megatron_moe.data.text_files import (
     Problem,
     Reader,
     Reading,
-    Source,
+    TextFile,
     describe,
-    find_sources,
+    find_text_files,
     text_of,
 )
 
@@ -27,7 +27,7 @@ TEXTS = [f"document {i} ☃ " * (i % 4) for i in range(40)]
 
 def read(*names: Path | str, **reading: object) -> list[str | Problem]:
     reading = Reading(**reading)
-    sources = find_sources(map(str, names))
+    sources = find_text_files(map(str, names))
     records = Reader(sources, reading).records()
     return [text_of(record, sources[record.source].format, reading.field) for record in records]
 
@@ -35,7 +35,7 @@ def read(*names: Path | str, **reading: object) -> list[str | Problem]:
 def complaints(*names: Path | str, **reading: object) -> list[tuple[str, str]]:
     """Of what is wrong, the kind and the whole message."""
     reading = Reading(**reading)
-    sources = find_sources(map(str, names))
+    sources = find_text_files(map(str, names))
     found = []
     for record in Reader(sources, reading).records():
         problem = text_of(record, sources[record.source].format, reading.field)
@@ -121,7 +121,7 @@ def test_a_folder_is_read_at_any_depth_in_order(tmp_path: Path) -> None:
     for name in [".hidden.jsonl", ".git/x.jsonl", "b/notes.md", "b/a.jsonl.bz2"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = find_sources([str(tmp_path)])
+    found = find_text_files([str(tmp_path)])
     assert [str(s.path.relative_to(tmp_path)) for s in found] == [
         "a.ndjson", "b/1.txt", "b/2.jsonl", "b/c/3.json", "z.parquet"
     ]  # fmt: skip
@@ -134,7 +134,7 @@ def test_patterns_and_files_are_taken_in_the_order_given(tmp_path: Path) -> None
         (tmp_path / name).touch()
 
     def names(*inputs: str, **options: Format) -> list[str]:
-        found = find_sources([f"{tmp_path}/{name}" for name in inputs], **options)
+        found = find_text_files([f"{tmp_path}/{name}" for name in inputs], **options)
         return [str(source.path.relative_to(tmp_path)) for source in found]
 
     assert names("**/*.jsonl") == ["a.jsonl", "b.jsonl", "c/d.jsonl"]
@@ -162,18 +162,18 @@ def test_inputs_without_text_are_named(tmp_path: Path, name: str, reason: str) -
     (tmp_path / "folder" / "a.bz2").touch()
     (tmp_path / "folder" / "a.parquet.gz").touch()
     with pytest.raises(ConfigError, match=reason):
-        find_sources([str(tmp_path / name)])
+        find_text_files([str(tmp_path / name)])
 
 
 def test_a_file_is_named_once(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(ConfigError, match=r"a\.txt: is named twice"):
-        find_sources([str(tmp_path), f"{tmp_path}/../{tmp_path.name}/a.txt"])
+        find_text_files([str(tmp_path), f"{tmp_path}/../{tmp_path.name}/a.txt"])
 
 
 def test_all_missing_inputs_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        find_sources([f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"])
+        find_text_files([f"{tmp_path}/a.txt", f"{tmp_path}/b.txt"])
     assert len(error.value.problems) == 2
 
 
@@ -310,7 +310,7 @@ def test_reading_goes_on_where_any_block_began(tmp_path: Path, monkeypatch: pyte
         else:
             (tmp_path / folder / name).write_bytes(compress(json_lines(TEXTS)))
     (tmp_path / "two" / "b.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS * 9))[:-1])
-    sources = find_sources([str(tmp_path)])
+    sources = find_text_files([str(tmp_path)])
     reading = Reading(text_lines=True)
     blocks = list(Reader(sources, reading).blocks())
     assert len(blocks) > 10
@@ -323,7 +323,7 @@ def test_positions_tell_the_bytes_read(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
     parquet(tmp_path / "b.parquet", TEXTS, row_group_size=5)
     (tmp_path / "c.txt").write_text("x")
-    sources = find_sources([str(tmp_path)])
+    sources = find_text_files([str(tmp_path)])
     ends = [end for _, end in Reader(sources, Reading()).blocks()]
     read_so_far = [end.bytes_read for end in ends]
     assert read_so_far == sorted(read_so_far)
@@ -333,6 +333,16 @@ def test_positions_tell_the_bytes_read(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_the_format_given_wins_over_the_ending(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(json_lines(TEXTS)))
-    [source] = find_sources([str(tmp_path / "a.txt.gz")], Format.jsonl)
-    assert source == Source(tmp_path / "a.txt.gz", Format.jsonl)
+    [source] = find_text_files([str(tmp_path / "a.txt.gz")], Format.jsonl)
+    assert source == TextFile(tmp_path / "a.txt.gz", Format.jsonl)
     assert [text_of(r, source.format, "text") for r in Reader([source], Reading()).records()] == TEXTS
+
+
+def test_records_without_text_fill_blocks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 10_000)
+    parquet(tmp_path / "a.parquet", pa.array([None] * 500, pa.string()))
+    (tmp_path / "b.txt").write_text("x\n" * 500)
+    sources = find_text_files([str(tmp_path)])
+    blocks = [records for records, _ in Reader(sources, Reading(text_lines=True)).blocks()]
+    assert sum(map(len, blocks)) == 1000
+    assert max(map(len, blocks)) <= 100

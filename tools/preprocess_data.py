@@ -65,6 +65,8 @@ def job_of(args: argparse.Namespace) -> Job:
 
     if args.workers < 1:
         raise ConfigError(f"--workers={args.workers}: must be at least 1")
+    if args.output.is_dir() or args.output.suffix in (".bin", ".idx"):
+        raise ConfigError(f"--output={args.output}: must be the path of the dataset without ending, such as data/docs")
     tokenizer = load_tokenizer(args.tokenizer)
     end = None if args.end_of_document == "none" else end_of_document(tokenizer, args.end_of_document)
     return Job(
@@ -106,6 +108,8 @@ class ProgressDisplay:
         """Show where the work stands; the first call is where it starts."""
         bytes_read = progress.position.bytes_read
         now = (time.monotonic(), progress.documents, progress.tokens, bytes_read)
+        if self.first is None and progress.documents:
+            print(f"goes on after {progress.documents:,} documents")
         self.first = self.first or now
         text = rates(self.first, now, self.total_bytes)
         if bytes_read == self.total_bytes:

@@ -202,7 +202,7 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
     ]
     mixes = [mix(from_plain(saved)), mix(config)]
     if list(mixes[0].items()) != list(mixes[1].items()):
-        problems.append(f"data.train weights {mixes[1]}: {config.run.dir} was trained with {mixes[0]}")
+        problems.append(f"data.train weights {mixes[1]}: {config.run.dir} was trained with {mixes[0]}, in this order")
     if problems:
         raise ConfigError(*(f"{problem}; start another run with run.name=NEW" for problem in problems))
 

@@ -101,6 +101,10 @@ def _suggestion(override: str) -> str:
     if (CONF_DIR / name).is_dir():
         choices = sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml"))
         return f"; {name} is one of: {', '.join(choices)}"
+    if name in ("data.train", "data.valid", "data.test"):
+        return (
+            "; in quotes for the shell: 'data.train=[{path: PREFIX, weight: 1.0, name: NAME}]', the last two optional"
+        )
     options = option_names(Config)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close and close[0] != name else ""

@@ -45,7 +45,7 @@ class ArrayCache:
         return _load(self.local_folder / name) or _make(self.local_folder / name, shared)
 
 
-def _load(folder: Path) -> Arrays | None:
+def _load(folder: Path, *, warn: bool = False) -> Arrays | None:
     """None where nothing is, or nothing that can be trusted."""
     if not folder.is_dir():
         return None
@@ -55,7 +55,8 @@ def _load(folder: Path) -> Arrays | None:
         if {name: _shape(array) for name, array in arrays.items()} != shapes or not shapes:
             raise ValueError("shapes.json describes other arrays")
     except Exception as error:  # numpy's reader has no common one for what it may find
-        warnings.warn(f"{folder}: is damaged and made anew ({error})", stacklevel=2)
+        if warn:
+            warnings.warn(f"{folder}: is damaged and made anew ({error})", stacklevel=2)
         return None
     return arrays
 
@@ -68,7 +69,7 @@ def _make(folder: Path, build: Callable[[], Arrays]) -> Arrays:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if (arrays := _load(folder)) is not None:
+            if (arrays := _load(folder, warn=True)) is not None:
                 return arrays  # made while this process waited
             arrays = build()
             _save(folder, arrays)

@@ -115,7 +115,7 @@ def open_indexed(prefix: str) -> IndexedDataset:
     """
     index, ids = with_ending(prefix, "idx"), with_ending(prefix, "bin")
     if missing := [str(path) for path in (index, ids) if not path.is_file()]:
-        raise ConfigError(f"{prefix}: no such file: {', '.join(missing)}")
+        raise ConfigError(f"{prefix}: no such file: {', '.join(missing)}; give the path without its ending")
     with index.open("rb") as file:
         start = file.read(HEADER.size)
     if len(start) < HEADER.size or not start.startswith(MAGIC):
@@ -137,7 +137,8 @@ def open_indexed(prefix: str) -> IndexedDataset:
 def _check_size(path: Path, expected: int) -> None:
     if path.stat().st_size != expected:
         raise ConfigError(
-            f"{path}: has {path.stat().st_size} bytes where its index describes {expected}; it is damaged"
+            f"{path}: has {path.stat().st_size} bytes where its index describes {expected}; it is damaged: copy it, or "
+            "preprocess, again"
         )
 
 

@@ -56,14 +56,6 @@ class Job:
     skip: bool = False
     workers: int = 1
 
-    def without_output(self) -> Job:
-        """The same, without files of the output that lie among the input."""
-        output, partial = self.output.resolve(), with_ending(self.output, "partial").resolve()
-        own = {with_ending(output, ending) for ending in ENDINGS}
-        paths = {source: source.path.resolve() for source in self.sources}
-        kept = [s for s in self.sources if paths[s] not in own and partial not in paths[s].parents]
-        return dataclasses.replace(self, sources=kept)
-
     def identity(self) -> dict[str, Any]:
         """What the output follows from, as far as it is cheap to know."""
         return {
@@ -133,7 +125,7 @@ def preprocess(job: Job, report: Callable[[Progress], None]) -> Manifest:
         ConfigError: a record is no document, there is none, the output exists, is being written by another process, or
             was begun from other files or with other options.
     """
-    job, partial = job.without_output(), with_ending(job.output, "partial")
+    partial = with_ending(job.output, "partial")
     if not partial.exists() and (manifest := _finished(job)) is not None:
         return manifest
     partial.mkdir(parents=True, exist_ok=True)
@@ -202,10 +194,11 @@ def _write(partial: Path, job: Job, report: Callable[[Progress], None]) -> None:
             progress.save(partial / "progress.json")
             report(progress)
             if problem is not None:
-                raise _stopped(job, *problem, partial)
+                raise _stopped(job, *problem, partial if progress.documents else None)
         digests = list(pool.map(sha256_of, (source.path for source in job.sources)))
     if progress.documents == 0:
-        raise ConfigError(f"{', '.join(str(s.path) for s in job.sources[:3])}: no documents")
+        left_out = ", ".join(f"{count:,} {kind}" for kind, count in progress.skipped.items())
+        raise ConfigError(f"{', '.join(str(s.path) for s in job.sources[:3])}: no documents; left out: {left_out or 0}")
     writer.write_index()
     shutil.copyfile(job.tokenizer, partial / "data.tokenizer.json")
     manifest = _describe(partial, job, progress, encoder.vocab_size, digests)
@@ -243,11 +236,12 @@ def _append(
     return None
 
 
-def _stopped(job: Job, record: Record, problem: Problem, partial: Path) -> ConfigError:
-    return ConfigError(
-        f"{describe(job.sources, record, problem)}; --on-error skip leaves such records out and counts them, and goes "
-        f"on with what {partial} holds; with the file repaired, remove that folder and start over"
-    )
+def _stopped(job: Job, record: Record, problem: Problem, partial: Path | None) -> ConfigError:
+    """The error, and what to do; `partial` holds what is done so far, if anything is."""
+    text = f"{describe(job.sources, record, problem)}; --on-error skip leaves such records out and counts them"
+    if partial is not None:
+        text += f", and goes on with what {partial} holds; with the file repaired, remove that folder and start over"
+    return ConfigError(text)
 
 
 def _publish(partial: Path, output: Path) -> None:

@@ -38,6 +38,8 @@ ENDINGS = {
     ".txt": Format.text,
 }
 
+NO_TEXT = (".bin", ".idx", "manifest.json", "tokenizer.json", "tokenizer_config.json")
+
 
 class TextFile(NamedTuple):
     """A file of documents."""
@@ -115,12 +117,12 @@ def find_text_files(inputs: Iterable[str], format: Format | None = None) -> list
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            files = [p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path))]
+            files = [p for p in path.rglob("*") if p.is_file() and not _is_left_out(p.relative_to(path))]
             found = [TextFile(p, f) for p in sorted(files) if (f := format or _format_of(p))]
             problem = f"{name}: holds no text: no file that ends in {_endings()}"
         else:
             matching = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
-            matches = [path] if path.is_file() else [Path(match) for match in matching]
+            matches = [path] if path.is_file() else [p for p in map(Path, matching) if not _is_left_out(Path(p.name))]
             found = [TextFile(p, format or _format_of(p)) for p in matches if p.is_file()]
             problem = f"{name}: no such file or folder, and no file matches it"
         if unknown := [s.path for s in found if s.format is None]:
@@ -135,8 +137,13 @@ def find_text_files(inputs: Iterable[str], format: Format | None = None) -> list
     return sources
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_left_out(path: Path) -> bool:
+    """Whether it is hidden, or of a dataset or tokenizer that lies among the text."""
+    return (
+        any(part.startswith(".") for part in path.parts)
+        or any(part.endswith(".partial") for part in path.parts[:-1])
+        or path.name.endswith(NO_TEXT)
+    )
 
 
 def _format_of(path: Path) -> Format | None:
@@ -220,7 +227,7 @@ class Reader:
         row, size, field = 0, source.path.stat().st_size, self.reading.field
         with pq.ParquetFile(source.path, buffer_size=2**20) as file:
             if field not in file.schema_arrow.names:
-                reason = f"no column {field!r}; there are {', '.join(file.schema_arrow.names)}"
+                reason = f"no column {field!r} (--field); there are {', '.join(file.schema_arrow.names)}"
                 yield Record(start.source, 0, Problem("missing field", reason), None)
                 return
             for group in range(file.num_row_groups):
@@ -316,7 +323,9 @@ def _field_of(line: str, field: str) -> Any:
     if not isinstance(parsed, dict):
         return Problem("wrong type", f"a JSON {type(parsed).__name__} where an object with the field {field!r} is due")
     if field not in parsed:
-        return Problem("missing field", f"no field {field!r}; there are {', '.join(map(repr, parsed)) or 'none'}"[:200])
+        return Problem(
+            "missing field", f"no field {field!r} (--field); there are {', '.join(map(repr, parsed)) or 'none'}"[:200]
+        )
     return parsed[field]
 
 

@@ -45,7 +45,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises bare Exception
-        raise ConfigError(f"tokenizer {file}: {error}") from None
+        raise ConfigError(f"tokenizer {file}: is no tokenizer.json of Hugging Face tokenizers: {error}") from None
 
 
 def num_ids(tokenizer: Tokenizer) -> int:

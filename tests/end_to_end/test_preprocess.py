@@ -36,7 +36,8 @@ ENDINGS = ("bin", "idx", "manifest.json", "tokenizer.json")
 TOKENIZER = train_tokenizer(TEXTS, 270).to_str()
 # The command with blocks so small that many of them make up a small input.
 SMALL_BLOCKS = """
-import runpy, sys
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background would ignore it
 from megatron_moe.data import text_files
 text_files.BLOCK_BYTES = 2**16
 sys.argv = sys.argv[1:]
@@ -359,10 +360,13 @@ def test_what_is_skipped_is_counted_by_kind(folder: Path, capsys: pytest.Capture
     [
         (["--workers", "0"], "--workers=0: must be at least 1"),
         (["--end-of-document", "<nowhere>"], "tokenizer: has no end-of-sentence token <nowhere>"),
-        (["--tokenizer", "nowhere.json"], "tokenizer nowhere.json: No such file"),
+        (
+            ["--tokenizer", "nowhere.json"],
+            "tokenizer nowhere.json: is no tokenizer.json of Hugging Face tokenizers: No such file",
+        ),
         (["--tokenizer", "docs.jsonl"], "tokenizer docs.jsonl: "),
         (["--input", "nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
-        (["--input", "tokenizer.*", "--format", "text", "--output", "docs.jsonl/out"], "Not a directory"),
+        (["--input", "docs.*", "--output", "docs.jsonl/out"], "Not a directory"),
         (["--input", "empty.jsonl"], "empty.jsonl: holds no text"),
         (["--input", "blank.jsonl", "--on-error", "skip"], "blank.jsonl: no documents"),
         (["--input", "cut.jsonl.gz"], "cut.jsonl.gz:1: Truncated compressed stream"),

@@ -184,8 +184,8 @@ def test_all_missing_inputs_are_named_at_once(tmp_path: Path) -> None:
         (b"[" * 100_000, "broken JSON", "broken JSON: maximum recursion depth"),
         (b'{"text": 1' + b"0" * 5000 + b"}", "broken JSON", "broken JSON: Exceeds the limit"),
         (b'"text"', "wrong type", "a JSON str where an object with the field 'text' is due"),
-        (b"{}", "missing field", "no field 'text'; there are none"),
-        (b'{"body": "x"}', "missing field", "no field 'text'; there are 'body'"),
+        (b"{}", "missing field", "no field 'text' (--field); there are none"),
+        (b'{"body": "x"}', "missing field", "no field 'text' (--field); there are 'body'"),
         (b'{"text": 3}', "wrong type", "field 'text' is int, not text"),
         (b'{"text": null}', "wrong type", "field 'text' is NoneType, not text"),
         (b'{"text": "\xff"}', "not UTF-8", "not UTF-8: invalid start byte at byte 10"),
@@ -216,7 +216,7 @@ def test_a_wrong_row_is_named(tmp_path: Path, column: pa.Array, kind: str, reaso
 
 def test_a_parquet_file_without_the_column_is_named(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", TEXTS, "body")
-    assert complaints(path) == [("missing field", f"{path}: no column 'text'; there are body")]
+    assert complaints(path) == [("missing field", f"{path}: no column 'text' (--field); there are body")]
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt"])

@@ -81,14 +81,14 @@ class Progress:
     largest_id: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
 
-    def add(self, block: Block, position: Position) -> None:
+    def add(self, block: Block, ids: np.ndarray, lengths: np.ndarray, position: Position) -> None:
         """Count a block that ends at `position`."""
         self.position = position
-        self.documents += len(block.lengths)
-        self.tokens += len(block.ids)
+        self.documents += len(lengths)
+        self.tokens += len(ids)
         self.text_bytes += block.text_bytes
-        self.largest_id = max(self.largest_id, int(block.ids.max(initial=0)))
-        self.skipped.update(problem.kind for _, problem in block.problems)
+        self.largest_id = max(self.largest_id, int(ids.max(initial=0)))
+        self.skipped.update(block.skipped)
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
@@ -106,12 +106,23 @@ class Progress:
 
 @dataclass(frozen=True)
 class Block:
-    """Tokenized records."""
+    """Tokenized records, whose ids and lengths a worker has left in a file.
 
-    ids: np.ndarray
-    lengths: np.ndarray
+    Only this little comes through the pipe that all workers share, in one write: of a longer message, a worker that is
+    killed could leave a part, for whose rest everyone would wait.
+    """
+
+    path: Path
     text_bytes: int
-    problems: list[tuple[Record, Problem]]
+    skipped: Counter[str]
+    first_problem: tuple[Record, Problem] | None
+
+    def take(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and lengths, whose file goes."""
+        with np.load(self.path) as arrays:
+            ids, lengths = arrays["ids"], arrays["lengths"]
+        self.path.unlink()
+        return ids, lengths
 
 
 def preprocess(job: Job, report: Callable[[Progress], None]) -> Manifest:
@@ -188,7 +199,7 @@ def _write(partial: Path, job: Job, report: Callable[[Progress], None]) -> None:
     writer = IndexedWriter(partial / "data", encoder.dtype, progress.documents, progress.tokens)
     report(progress)
     with _workers(job) as pool:
-        for blocks in _tokenized(job, progress.position, pool):
+        for blocks in _tokenized(job, progress.position, pool, partial / "blocks"):
             problem = _append(blocks, writer, progress, skip=job.skip)
             writer.sync()
             progress.save(partial / "progress.json")
@@ -229,10 +240,11 @@ def _append(
 ) -> tuple[Record, Problem] | None:
     """Write and count blocks, up to the first with a problem, which is returned, unless these are skipped."""
     for block, position in blocks:
-        if block.problems and not skip:
-            return block.problems[0]
-        writer.append(block.ids, block.lengths)
-        progress.add(block, position)
+        if block.first_problem is not None and not skip:
+            return block.first_problem
+        ids, lengths = block.take()
+        writer.append(ids, lengths)
+        progress.add(block, ids, lengths, position)
     return None
 
 
@@ -270,12 +282,15 @@ def _workers(job: Job) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
-def _tokenized(job: Job, start: Position, pool: ProcessPoolExecutor) -> Iterator[list[tuple[Block, Position]]]:
-    """Groups of finished blocks in order, each block with its end."""
+def _tokenized(
+    job: Job, start: Position, pool: ProcessPoolExecutor, folder: Path
+) -> Iterator[list[tuple[Block, Position]]]:
+    """Groups of finished blocks in order, each block with its end; their files are in `folder`."""
+    folder.mkdir(exist_ok=True)
     reader = Reader(job.sources, job.reading, start)
     waiting: deque[tuple[Future[Block], Position]] = deque()
-    for records, end in reader.blocks():
-        waiting.append((pool.submit(_tokenize, records), end))
+    for number, (records, end) in enumerate(reader.blocks()):
+        waiting.append((pool.submit(_tokenize, records, folder / f"{number}.npz"), end))
         if len(waiting) > 2 * job.workers:
             yield _finished_blocks(waiting)
     while waiting:
@@ -308,7 +323,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _tokenize(records: list[Record]) -> Block:
+def _tokenize(records: list[Record], path: Path) -> Block:
     texts, problems = [], []
     for record in records:
         text = text_of(record, _job.sources[record.source].format, _job.reading.field)
@@ -317,4 +332,10 @@ def _tokenize(records: list[Record]) -> Block:
         else:
             texts.append(text)
     ids, lengths = _encoder(texts)
-    return Block(ids, lengths[lengths > 0], sum(len(text.encode()) for text in texts), problems)
+    np.savez(path, ids=ids, lengths=lengths[lengths > 0])
+    return Block(
+        path,
+        text_bytes=sum(len(text.encode()) for text in texts),
+        skipped=Counter(problem.kind for _, problem in problems),
+        first_problem=problems[0] if problems else None,
+    )

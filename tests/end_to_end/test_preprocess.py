@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -67,6 +68,9 @@ class Immediately(Executor):
         future = Future()
         future.set_result(function(*args))
         return future
+
+
+submit = Immediately.submit
 
 
 @pytest.fixture
@@ -200,7 +204,9 @@ def test_finished_blocks_are_not_tokenized_again(
 ) -> None:
     tokenized, tokenize = [], preprocess._tokenize
     monkeypatch.setattr(
-        preprocess, "_tokenize", lambda records: (tokenized.extend(r.number for r in records), tokenize(records))[1]
+        preprocess,
+        "_tokenize",
+        lambda records, path: tokenized.extend(r.number for r in records) or tokenize(records, path),
     )
     steps = kill(0)
     assert tokenized == list(range(1, len(TEXTS) + 1))
@@ -423,6 +429,18 @@ def test_a_bar_shows_the_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch)
     assert "━━━━" in terminal.getvalue()
     assert "100%" in terminal.getvalue()
     assert "documents/s" in terminal.getvalue()
+
+
+def test_what_comes_from_a_worker_is_written_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe takes 4096 bytes whole or not at all; a part of a message would stop everyone."""
+    sent = []
+    monkeypatch.setattr(Immediately, "submit", lambda *args: sent.append(submit(*args)) or sent[-1])
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 10**9)
+    (folder / "docs.jsonl").write_text('{"text": "fine"}\n' + f'{{"{"x" * 500}": 1}}\n' * 5000)
+    assert run("--on-error", "skip") == 0
+    blocks = [future.result() for future in sent if isinstance(future.result(), preprocess.Block)]
+    assert [block.skipped for block in blocks] == [{"missing field": 5000}]
+    assert max(len(pickle.dumps(block)) for block in blocks) < 2000
 
 
 # In processes.

@@ -40,7 +40,7 @@ class IndexedFiles:
         fingerprint: of its lengths, of LOOKED_AT bytes of its ids (all where it has no more), of the digest of all ids
             that its manifest tells, and of FORMAT.
         num_documents: in it.
-        smallest_id: of the bytes looked at.
+        smallest_id: of the bytes looked at, at most 0.
         largest_id: of these, or by its manifest.
         manifest: None if it has none.
     """
@@ -78,21 +78,17 @@ def examine(prefix: str) -> IndexedFiles:
             f"{prefix}.manifest.json: tells of {manifest.documents:,} documents and {manifest.tokens:,} tokens where "
             f"{prefix}.idx has {len(dataset):,} and {num_tokens:,}; they do not belong together"
         )
-    fingerprint, smallest_id, largest_id = _look_at(prefix, dataset.index.dtype)
-    known = str(FORMAT)
-    if manifest is not None:
-        largest_id = max(largest_id, manifest.largest_id)
-        known += manifest.bin_sha256
-    fingerprint = hashlib.sha256(f"{known}{fingerprint}".encode()).hexdigest()
+    fingerprint, smallest_id, largest_id = _look_at(prefix, dataset.index.dtype, manifest)
     return IndexedFiles(prefix, fingerprint, len(dataset), smallest_id, largest_id, manifest)
 
 
-def _look_at(prefix: str, dtype: type[np.number]) -> tuple[str, int, int]:
-    """Fingerprint, and smallest and largest id seen."""
+def _look_at(prefix: str, dtype: type[np.number], manifest: Manifest | None) -> tuple[str, int, int]:
+    """Fingerprint, and smallest and largest id that are known."""
     with with_ending(prefix, "idx").open("rb") as index:
         digest = hashlib.file_digest(index, "sha256")
+    digest.update(f"{FORMAT}{manifest.bin_sha256 if manifest else ''}".encode())
     path, block = with_ending(prefix, "bin"), 2**20
-    smallest = largest = 0
+    smallest, largest = 0, manifest.largest_id if manifest else 0
     size = path.stat().st_size
     num_blocks = min(-(-size // block), LOOKED_AT // block)
     with path.open("rb") as ids:
@@ -328,10 +324,7 @@ def unigram_entropy(samples: Sequence[tuple[SequenceDataset, int, float]]) -> fl
     total: np.ndarray = np.zeros(0)
     weights = sum(weight for _, _, weight in samples)
     for dataset, num_samples, weight in samples:
-        counts = _frequencies(dataset, num_samples) * weight / weights
-        total, counts = sorted((total, counts), key=len)
-        counts[: len(total)] += total
-        total = counts
+        total = _sum(total, _frequencies(dataset, num_samples) * weight / weights)
     shares = total[total > 0]
     return float(-(shares * np.log(shares)).sum())
 
@@ -339,7 +332,11 @@ def unigram_entropy(samples: Sequence[tuple[SequenceDataset, int, float]]) -> fl
 def _frequencies(dataset: SequenceDataset, num_samples: int) -> np.ndarray:
     counts: np.ndarray = np.zeros(0)
     for index in range(num_samples):
-        new = np.bincount(dataset[index][1:], minlength=len(counts)).astype(float)
-        new[: len(counts)] += counts
-        counts = new
+        counts = _sum(counts, np.bincount(dataset[index][1:]))
     return counts / counts.sum()
+
+
+def _sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of counts by id, which end at the largest id seen."""
+    size = max(len(a), len(b))
+    return np.pad(a, (0, size - len(a))) + np.pad(b, (0, size - len(b)))

@@ -263,7 +263,7 @@ def _uncompressed(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 def _skip_to(file: BinaryIO, offset: int) -> None:
-    if isinstance(file, io.BufferedReader) and file.seekable():
+    if file.seekable():
         file.seek(offset)
         return
     while offset and (data := file.read(min(offset, 2**20))):

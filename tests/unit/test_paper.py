@@ -25,7 +25,7 @@ def test_code_and_tests_exist(reference: str) -> None:
 
 
 def test_options_exist() -> None:
-    named = set(re.findall(r"`((?:model|train|scheduler|optimizer)\.[\w.]+)`", TEXT))
+    named = set(re.findall(r"`((?:model|train|scheduler|optimizer|data)\.[\w.]+)`", TEXT))
     assert len(named) > 15
     assert named <= set(option_names(Config))
 

@@ -207,7 +207,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def limited(limit: int, *arguments: object) -> int:
     """Run the tool within an address space; returns the peak."""
     command = [sys.executable, "-c", LIMITED, str(limit), str(ROOT / TOOL), *map(str, arguments)]
-    result = subprocess.run(command, env=user_environment(), capture_output=True, text=True, check=False)
+    # One thread and one arena: glibc reserves 128 MB of addresses for each further one, whenever threads collide.
+    environment = user_environment() | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return int(result.stdout.split("peak ")[1])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -12,10 +12,16 @@ class TrainState:
     Attributes:
         step: finished steps.
         consumed_samples: sequences trained on; the position in the data.
+        skipped_steps: those of `step` that updated nothing.
+        skipped_in_a_row: up to now.
+        recent_losses: of the last steps that updated something, oldest first; what a spike is measured by.
     """
 
     step: int = 0
     consumed_samples: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
     def advance(self, samples: int) -> None:
         """Count one finished step."""

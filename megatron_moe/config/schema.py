@@ -40,6 +40,20 @@ class DataKind(Enum):
     blend = "blend"
 
 
+class Verify(Enum):
+    """What of a checkpoint is compared with its manifest before it is used: every byte, or sizes and small files."""
+
+    full = "full"
+    metadata = "metadata"
+
+
+class OnDamage(Enum):
+    """What a damaged checkpoint does to a run: end it, or make it go on from the one before."""
+
+    stop = "stop"
+    previous = "previous"
+
+
 class DecayUnit(Enum):
     """What the milestones of the schedule are fractions of."""
 
@@ -232,7 +246,12 @@ class BatchRampConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """The loop. `exit_step` saves and stops there, as if preempted; the schedule still aims at `train_steps`."""
+    """The loop. `exit_step` saves and stops there, as if preempted; the schedule still aims at `train_steps`.
+
+    A step whose loss or gradient is not finite is skipped: nothing is updated. So is, unless `spike_sigma` is null, one
+    whose loss lies more than that many standard deviations above the mean of the last `spike_window` steps. After
+    `max_skipped_steps` in a row the run ends. `deterministic`: only kernels that always compute the same.
+    """
 
     train_steps: int = MISSING
     exit_step: int | None = None
@@ -240,6 +259,10 @@ class TrainConfig:
     micro_batch_size: int = MISSING
     batch_ramp: BatchRampConfig = field(default_factory=BatchRampConfig)
     seed: int = 1234
+    max_skipped_steps: int = 10
+    spike_sigma: float | None = None
+    spike_window: int = 128
+    deterministic: bool = False
 
 
 @dataclass(kw_only=True)
@@ -252,13 +275,20 @@ class EvaluationConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """Saving every `save_interval` steps and at the end; the `keep_last` newest stay. A run goes on from its latest.
+    """Saving every `save_interval` steps and at the end; `async_save`: while the training goes on.
 
-    A new run takes its weights from the latest checkpoint of the run (or imported model) `init_from`, if given.
+    The `keep_last` newest stay, and those of every `keep_every` steps. A run goes on from its latest, with another
+    learning-rate schedule only if `allow_schedule_change`. A new run takes its weights from the latest checkpoint of
+    the run (or imported model) `init_from`, if given.
     """
 
     save_interval: int = 500
+    async_save: bool = False
     keep_last: int = 2
+    keep_every: int | None = None
+    verify: Verify = Verify.full
+    on_damage: OnDamage = OnDamage.stop
+    allow_schedule_change: bool = False
     init_from: str | None = None
 
 

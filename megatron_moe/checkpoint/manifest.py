@@ -1,0 +1,130 @@
+"""The manifest of a checkpoint: its files with their sizes and SHA-256 digests. Needs no torch.
+
+A folder without one was never finished. What a manifest does not name is not read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_moe.config.errors import ConfigError
+
+MANIFEST = "manifest.json"
+SMALL_BYTES = 64 * 2**20  # larger files are only measured where contents are not asked for
+THREADS = 4
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of a checkpoint.
+
+    Attributes:
+        nbytes: its size.
+        sha256: of its bytes, in hexadecimal.
+    """
+
+    nbytes: int
+    sha256: str
+
+
+Files = dict[str, FileEntry]
+
+
+def entry_of(path: Path) -> FileEntry:
+    """Size and digest of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileEntry(os.fstat(file.fileno()).st_size, digest.hexdigest())
+
+
+def write_manifest(folder: Path, files: Files) -> None:
+    """Name the files of a checkpoint; on disk when this returns."""
+    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(_text(files))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Files:
+    """The files of a checkpoint.
+
+    Raises:
+        ConfigError: there is no manifest, or one that was not written so.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
+        if text != _text(files):
+            raise ValueError("its digest differs")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; the checkpoint is not whole") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path}: is damaged: {error}") from None
+    outside = [name for name in files if Path(name).name != name or name in ("", ".", "..", MANIFEST)]
+    if outside:
+        raise ConfigError(f"{path}: names {outside[0]!r}, which is not a file of {folder}")
+    return files
+
+
+def problems_of(folder: Path, files: Files, names: Iterable[str] | None = None, *, contents: bool = True) -> list[str]:
+    """What differs from the manifest, a line each that begins with the file.
+
+    Args:
+        folder: of the checkpoint.
+        files: what it should hold, as `read_manifest` returns it.
+        names: the files to compare; all by default.
+        contents: compare the bytes of large files too, not only their sizes.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        checked = pool.map(
+            lambda name: _problem(folder / name, files[name], contents), files if names is None else names
+        )
+        return [problem for problem in checked if problem is not None]
+
+
+def shares(files: Files, count: int) -> list[list[str]]:
+    """The files dealt out to `count` ranks, so that each has about as many bytes to compare."""
+    parts: list[list[str]] = [[] for _ in range(count)]
+    sizes = [0] * count
+    for name in sorted(files, key=lambda name: (-files[name].nbytes, name)):
+        smallest = sizes.index(min(sizes))
+        parts[smallest].append(name)
+        sizes[smallest] += files[name].nbytes
+    return parts
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _text(files: Files) -> str:
+    entries = {name: asdict(files[name]) for name in sorted(files)}
+    digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+    return json.dumps({"files": entries, "sha256": digest}, indent=1) + "\n"
+
+
+def _problem(path: Path, expected: FileEntry, contents: bool) -> str | None:
+    try:
+        if path.is_symlink() or not path.is_file():
+            return f"{path}: is missing" if not path.is_symlink() else f"{path}: is a link"
+        nbytes = path.stat().st_size
+        if nbytes != expected.nbytes:
+            return f"{path}: is damaged: {nbytes:,} bytes instead of {expected.nbytes:,}"
+        if (contents or nbytes <= SMALL_BYTES) and entry_of(path) != expected:
+            return f"{path}: is damaged: its SHA-256 is not the manifest's"
+    except OSError as error:
+        return f"{path}: cannot be read: {error.strerror}"
+    return None

@@ -1,148 +1,237 @@
-"""Saving and resuming with megatron-core's distributed checkpoints, which any layout of the same model can load."""
+"""Saving and resuming in megatron-core's distributed format, which any layout of the same model can load."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer
 
-from megatron_moe.checkpoint.run_folder import find_checkpoint, plain, read_json, saved_config, saved_steps
-from megatron_moe.checkpoint.state import TrainState
-from megatron_moe.config.derived import source_name
-from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.load import from_plain
-from megatron_moe.config.schema import Config, ModelConfig
-from megatron_moe.optim.optimizer import load_state
-
-# What a run may not change on the way: other weights, or another sequence of samples.
-FIXED_OPTIONS = (
-    "model",
-    "data.kind",
-    "data.seed",
-    "data.sequence_length",
-    "data.valid_fraction",
-    "data.test_fraction",
-    "data.eod_mask_loss",
-    "data.reset_position_ids",
-    "data.reset_attention_mask",
-    "data.tokenizer_vocab_size",
-    "precision.dtype",
-    "train.seed",
-    "train.global_batch_size",
-    "train.batch_ramp",
+from megatron_moe.checkpoint.compatibility import (
+    changed_options,
+    check_same_data,
+    check_same_model,
+    check_same_run,
+    check_same_schedule,
 )
+from megatron_moe.checkpoint.dcp import BACKEND
+from megatron_moe.checkpoint.manifest import rename_for_good, write_manifest
+from megatron_moe.checkpoint.optimizer_state import load_sharded_state, sharded_state
+from megatron_moe.checkpoint.reader import check_whole, damage, load
+from megatron_moe.checkpoint.run_folder import (
+    DAMAGED,
+    PARTIAL,
+    discard,
+    find_checkpoint,
+    plain,
+    prune,
+    read_json,
+    remove_partial,
+    saved_config,
+    saved_steps,
+)
+from megatron_moe.checkpoint.state import TrainState
+from megatron_moe.checkpoint.writer import SavePlans, Writer, Written, plan_save
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import Config, ModelConfig, OnDamage
+from megatron_moe.distributed.context import from_main
 
-# Options of a model that may differ from those of the run that its weights come from: they act in training only, or, as
-# YaRN, are there to be changed between runs.
-FREE_OPTIONS = {
-    "name",
-    "relative_expert_size",
-    "init_method_std",
-    "expert_balance_factor",
-    "device_balance_factor",
-    "communication_balance_factor",
-    "device_capacity_factor",
-    "undropped_fraction",
-    "yarn",
-}
+
+class SaveError(OSError):
+    """A checkpoint could not be written. The run can go on; the checkpoints before are as they were."""
 
 
 @dataclasses.dataclass(frozen=True)
+class PendingSave:
+    """A save that is being written.
+
+    Attributes:
+        folder: its final name.
+        description: what `state.json` will hold.
+        writer: of this rank.
+        written: what it has written.
+    """
+
+    folder: Path
+    description: dict[str, Any]
+    writer: Writer
+    written: Future[Written]
+
+
 class Checkpointer:
     """Checkpoints of one run, in `checkpoints/step_NNNNNNNN` of its folder.
 
-    `fingerprints` are those of the training data, by source.
-
-    A save is written beside its final name, which it gets when every rank has finished: what has that name is whole.
+    A save is written beside its final name, which it gets when all of it, with a manifest of digests, is on disk: what
+    has that name is whole. Every method that saves or loads is for all ranks.
     """
 
-    config: Config
-    model: list[DistributedDataParallel]
-    optimizer: ChainedOptimizer
-    fingerprints: dict[str, str]
+    def __init__(
+        self,
+        config: Config,
+        model: list[DistributedDataParallel],
+        optimizer: ChainedOptimizer,
+        fingerprints: dict[str, str],
+    ) -> None:
+        """`fingerprints` are those of the training data, by source."""
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.fingerprints = fingerprints
+        self._plans = SavePlans()
+        self._pending: PendingSave | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     @property
     def folder(self) -> Path:
         """All checkpoints of the run."""
         return Path(self.config.run.dir) / "checkpoints"
 
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save was begun and not finished."""
+        return self._pending is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this rank has done its part of the save that was begun."""
+        return self._pending is not None and self._pending.written.done()
+
     def save(self, state: TrainState) -> Path:
-        """Save after `state.step` steps; on all ranks."""
-        final = self.folder / f"step_{state.step:08}"
-        partial = final.with_suffix(".partial")
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(self.sharded_state_dict(is_loading=False), str(partial))
-        if dist.get_rank() == 0:
-            description = {
-                **dataclasses.asdict(state),
-                "world_size": dist.get_world_size(),
-                "data": self.fingerprints,
-                "config": plain(self.config),
-            }
-            (partial / "state.json").write_text(json.dumps(description, indent=1), encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in saved_steps(self.folder)[: -self.config.checkpoint.keep_last]:
-                shutil.rmtree(old)
-        dist.barrier()
-        return final
-
-    def load_latest(self) -> tuple[TrainState, list[str]]:
-        """Load the newest checkpoint, or where there is none the weights of `checkpoint.init_from`; on all ranks.
-
-        Returns:
-            Where the run stands, and the options that have changed since.
+        """Save after `state.step` steps.
 
         Raises:
-            ConfigError: the checkpoint is of another model or of other data.
+            SaveError: on all ranks, if any could not write.
         """
-        saved = saved_steps(self.folder)
-        if not saved:
+        self.begin(state, background=False)
+        return self.finish()
+
+    def begin(self, state: TrainState, *, background: bool = True) -> None:
+        """Begin to save; `finish` comes next. In the background: training may go on meanwhile.
+
+        Raises:
+            SaveError: the folder cannot be made.
+        """
+        folder = self.folder / f"step_{state.step:08}"
+        partial = folder.with_suffix(PARTIAL)
+        from_main(lambda: _make_anew(partial))
+        writer = plan_save(self.sharded_state_dict(is_loading=False), partial, self._plans, staged=background)
+        description = {
+            **dataclasses.asdict(state),
+            "world_size": dist.get_world_size(),
+            "data": self.fingerprints,
+            "config": plain(self.config),
+        }
+        self._pending = PendingSave(folder, description, writer, self._thread.submit(writer.write))
+
+    def finish(self) -> Path:
+        """Wait until all ranks have written, and give the checkpoint its name.
+
+        Raises:
+            SaveError: on all ranks, if any could not write.
+        """
+        pending, self._pending = self._pending, None
+        try:
+            mine: Written | str = pending.written.result()
+        except Exception as error:  # of whatever kind: the other ranks wait
+            mine = f"rank {dist.get_rank()}: {error}"
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.gather_object(mine, parts if dist.get_rank() == 0 else None)
+        from_main(lambda: self._commit(pending, parts))
+        return pending.folder
+
+    def _commit(self, pending: PendingSave, parts: list[Written | str]) -> None:
+        partial = pending.folder.with_suffix(PARTIAL)
+        try:
+            if failures := [part for part in parts if isinstance(part, str)]:
+                raise SaveError("; ".join(failures))
+            pending.writer.finish(self._plans.metadata, [part.results for part in parts])
+            torch.save({}, partial / "common.pt")  # megatron-core's, for what has no shards
+            (partial / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
+            (partial / "state.json").write_text(json.dumps(pending.description, indent=1), encoding="utf-8")
+            write_manifest(partial, {name: entry for part in parts for name, entry in part.files.items()})
+            if pending.folder.exists():
+                discard(pending.folder)
+            rename_for_good(partial, pending.folder)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise SaveError(f"{pending.folder}: {error}") from error
+        with contextlib.suppress(OSError):
+            prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+
+    def load_latest(self) -> tuple[TrainState, list[str]]:
+        """Load the newest checkpoint, or where there is none the weights of `checkpoint.init_from`.
+
+        Returns:
+            Where the run stands, and what the user should know: damaged checkpoints, options that have changed.
+
+        Raises:
+            ConfigError: the checkpoint is damaged, of another model, of other data or of another schedule.
+        """
+        checkpoint, notes = self._newest_whole()
+        if checkpoint is None:
             if self.config.checkpoint.init_from is not None:
-                load_weights(self.model, find_checkpoint(Path(self.config.checkpoint.init_from)), self.config.model)
+                source = find_checkpoint(Path(self.config.checkpoint.init_from))
+                load_weights(self.model, source, self.config.model)
                 self.optimizer.reload_model_params()
-            return TrainState(), []
-        description, saved_options = read_json(saved[-1] / "state.json"), plain(saved_config(saved[-1]))
+            return TrainState(), notes
+        description, saved = read_json(checkpoint / "state.json"), plain(saved_config(checkpoint))
         if description.get("weights_only"):
             raise ConfigError(
                 f"run.dir={self.config.run.dir}: holds an imported model, weights only; start another run with "
                 f"checkpoint.init_from={self.config.run.dir} and another run.name"
             )
-        check_same_run(saved_options, self.config)
-        check_same_data(description.get("data", {}), self.fingerprints, saved[-1])
-        same_ranks = description["world_size"] == dist.get_world_size()
-        request = self.sharded_state_dict(is_loading=True, with_rng=same_ranks)
-        loaded = dist_checkpointing.load(request, str(saved[-1]))
+        check_same_run(saved, self.config)
+        check_same_schedule(saved, self.config)
+        check_same_data(description.get("data", {}), self.fingerprints, checkpoint)
+        state = TrainState(**{field.name: description[field.name] for field in dataclasses.fields(TrainState)})
+        self._load(checkpoint, state, with_rng=description["world_size"] == dist.get_world_size())
+        changes = [f"changed since the checkpoint: {change}" for change in changed_options(saved, self.config)]
+        return state, notes + changes
+
+    def _newest_whole(self) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from; damaged ones are passed over only where the user allows it."""
+        remedy = "checkpoint.on_damage=previous goes on from the checkpoint before"
+        notes: list[str] = []
+        for checkpoint in from_main(self._saved):
+            problems = damage(checkpoint, self.config.checkpoint.verify)
+            if not problems:
+                return checkpoint, notes
+            if self.config.checkpoint.on_damage is OnDamage.stop:
+                raise ConfigError(*problems, f"{checkpoint}: is not used; {remedy}")
+            notes.append(f"passed over: {'; '.join(problems)}; kept as {checkpoint.name}{DAMAGED}")
+            from_main(lambda damaged=checkpoint: _set_aside(damaged))
+        if notes:
+            none_left = f"run.dir={self.config.run.dir}: no checkpoint is left; start another run with run.name=NEW"
+            raise ConfigError(*notes, none_left)
+        return None, []
+
+    def _saved(self) -> list[Path]:
+        """Newest first, after cleaning up."""
+        remove_partial(self.folder)
+        return saved_steps(self.folder)[::-1]
+
+    def _load(self, checkpoint: Path, state: TrainState, *, with_rng: bool) -> None:
+        loaded = load(self.sharded_state_dict(is_loading=True, with_rng=with_rng), checkpoint)
         for name, chunk in _named_chunks(self.model):
             chunk.load_state_dict(loaded[name])
-        for part, state in zip(self._optimizer_parts(), loaded["optimizer"], strict=True):
-            load_state(part, state, description["step"])
-        if same_ranks:
+        for part, tensors in zip(self._optimizer_parts(), loaded["optimizer"], strict=True):
+            load_sharded_state(part, tensors, state.step - state.skipped_steps)
+        if with_rng:
             torch.set_rng_state(loaded["rng"].view(-1))
-        state = TrainState(description["step"], description["consumed_samples"])
-        return state, changed_options(saved_options, self.config)
 
     def sharded_state_dict(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
         """This rank's tensors with their names and places in the whole model."""
         state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(self.model)}
-        # Only the tensors, each under its parameter's name: how many optimizers and groups there are depends on the
-        # layout (mcore 0.16.1, distrib_optimizer.py, sharded_state_dict).
-        state["optimizer"] = [
-            part.sharded_param_state_fully_reshardable(state, is_loading, metadata={})
-            for part in self._optimizer_parts()
-        ]
+        state["optimizer"] = [sharded_state(part, state, is_loading=is_loading) for part in self._optimizer_parts()]
         if with_rng:
             place = (0, dist.get_rank(), dist.get_world_size())
             state["rng"] = ShardedTensor.from_rank_offsets("rng", torch.get_rng_state()[None], place)
@@ -162,19 +251,11 @@ def load_weights(model: list[torch.nn.Module], checkpoint: Path, expected: Model
         expected: of `model`.
 
     Raises:
-        ConfigError: the checkpoint is of another architecture.
+        ConfigError: the checkpoint is damaged, or of another architecture.
     """
-    saved, wanted = plain(saved_config(checkpoint).model), plain(expected)
-    free = FREE_OPTIONS if expected.device_limit else FREE_OPTIONS | {"num_device_groups"}
-    problems = [
-        f"model.{name}={wanted[name]}: {checkpoint} has {saved[name]}"
-        for name in wanted
-        if name not in free and wanted[name] != saved[name]
-    ]
-    if problems:
-        raise ConfigError(*problems)
-    request = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(model)}
-    loaded = dist_checkpointing.load(request, str(checkpoint))
+    check_whole(checkpoint)
+    check_same_model(saved_config(checkpoint).model, expected, checkpoint)
+    loaded = load({name: chunk.sharded_state_dict() for name, chunk in _named_chunks(model)}, checkpoint)
     for name, chunk in _named_chunks(model):
         chunk.load_state_dict(loaded[name])
 
@@ -187,68 +268,16 @@ def _named_chunks(model: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Modu
     return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
 
 
-def check_same_run(saved: dict[str, Any], config: Config) -> None:
-    """Refuse to continue a run with another model or other data.
-
-    Raises:
-        ConfigError: with one line per option that differs.
-    """
-    now = plain(config)
-    problems = [
-        f"{option}={_lookup(now, option)}: {config.run.dir} was trained with {_lookup(saved, option)}"
-        for name in FIXED_OPTIONS
-        for option in _leaves(now, name)
-        if _lookup(saved, option) != _lookup(now, option)
-    ]
-    mixes = [mix(from_plain(saved)), mix(config)]
-    if list(mixes[0].items()) != list(mixes[1].items()):
-        problems.append(f"data.train weights {mixes[1]}: {config.run.dir} was trained with {mixes[0]}, in this order")
-    if problems:
-        raise ConfigError(*(f"{problem}; start another run with run.name=NEW" for problem in problems))
+def _make_anew(partial: Path) -> None:
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise SaveError(f"{partial}: {error.strerror}") from error
 
 
-def mix(config: Config) -> dict[str, float]:
-    """Weights of the training sources by name, in their order, which decides whose turn it is first.
-
-    Their paths may change: what they hold is compared.
-    """
-    return {source_name(source): source.weight for source in config.data.train}
-
-
-def check_same_data(saved: dict[str, str], now: dict[str, str], checkpoint: Path) -> None:
-    """Refuse to go on with other documents than a checkpoint's, even under the same path.
-
-    Raises:
-        ConfigError: with one line per source that differs.
-    """
-    problems = [
-        f"data {name}: holds other documents than when {checkpoint} was saved (fingerprint {digest[:12]}..., then "
-        f"{saved.get(name, 'none')[:12]}...); restore them, or start another run with run.name=NEW"
-        for name, digest in now.items()
-        if saved.get(name) != digest
-    ]
-    if problems:
-        raise ConfigError(*problems)
-
-
-def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
-    """Options that differ from those of a checkpoint, as 'optimizer.lr: 0.004 -> 0.001'."""
-    now = plain(config)
-    return [
-        f"{option}: {_lookup(saved, option)} -> {_lookup(now, option)}"
-        for group in now
-        for option in _leaves(now, group)
-        if _lookup(saved, option) != _lookup(now, option)
-    ]
-
-
-def _leaves(config: dict[str, Any], name: str) -> list[str]:
-    value = _lookup(config, name)
-    return [leaf for key in value for leaf in _leaves(config, f"{name}.{key}")] if isinstance(value, dict) else [name]
-
-
-def _lookup(config: dict[str, Any], name: str) -> Any:
-    value: Any = config
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+def _set_aside(checkpoint: Path) -> None:
+    """Keep a damaged checkpoint under a name that is no checkpoint's."""
+    aside = checkpoint.with_suffix(DAMAGED)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)

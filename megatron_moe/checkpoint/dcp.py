@@ -93,7 +93,7 @@ class SavedTensors:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = _read_index(folder / ".metadata")
+        index = read_index(folder)
         self.tensors = {
             key: entry for key, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
         }
@@ -159,15 +159,36 @@ def read_into(path: Path, offset: int, out: torch.Tensor) -> None:
             buffer = buffer[count:]
 
 
-def _read_index(path: Path) -> Metadata:
+def read_index(folder: Path) -> Metadata:
+    """The index of a checkpoint, `.metadata`; runs no code that it may hold.
+
+    Raises:
+        ConfigError: it is no index, or places a tensor elsewhere than within a file of the folder.
+    """
+    path = folder / ".metadata"
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
         if not isinstance(index, Metadata):
             raise pickle.UnpicklingError(f"holds {type(index).__name__}")
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
         raise ConfigError(f"{path}: no index of a checkpoint of this version: {error}") from None
+    _check_places(folder, index)
     return index
+
+
+def _check_places(folder: Path, index: Metadata) -> None:
+    sizes: dict[str, int] = {}
+    for key, place in index.storage_data.items():
+        name = place.relative_path
+        if name not in sizes:
+            if Path(name).name != name or (folder / name).is_symlink() or not (folder / name).is_file():
+                raise ConfigError(f"{folder / '.metadata'}: has {key.fqn} in {name!r}, which is no file of the folder")
+            sizes[name] = (folder / name).stat().st_size
+        if place.offset < 0 or place.length < 0 or place.offset + place.length > sizes[name]:
+            raise ConfigError(f"{folder / name}: ends before {key.fqn}, which .metadata has at byte {place.offset:,}")
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -43,12 +43,21 @@ def entry_of(path: Path) -> FileEntry:
         return FileEntry(os.fstat(file.fileno()).st_size, digest.hexdigest())
 
 
-def write_manifest(folder: Path, files: Files) -> None:
-    """Name the files of a checkpoint; on disk when this returns."""
-    with (folder / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(_text(files))
-        file.flush()
-        os.fsync(file.fileno())
+def write_manifest(folder: Path, written: Files | None = None) -> None:
+    """Name all files of a checkpoint; they, and the manifest, are on disk when this returns.
+
+    Args:
+        folder: of the checkpoint.
+        written: files that are on disk already, with their digests; the others are read.
+    """
+    files = dict(written or {})
+    for path in folder.iterdir():
+        if path.name not in files and path.name != MANIFEST:
+            files[path.name] = entry_of(path)
+            _sync(path)
+    (folder / MANIFEST).write_text(_text(files), encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
 
 
 def read_manifest(folder: Path) -> Files:
@@ -90,6 +99,16 @@ def problems_of(folder: Path, files: Files, names: Iterable[str] | None = None, 
         return [problem for problem in checked if problem is not None]
 
 
+def check_whole(folder: Path) -> None:
+    """Refuse a damaged checkpoint.
+
+    Raises:
+        ConfigError: with a line for each file that differs from the manifest.
+    """
+    if problems := problems_of(folder, read_manifest(folder)):
+        raise ConfigError(*problems)
+
+
 def shares(files: Files, count: int) -> list[list[str]]:
     """The files dealt out to `count` ranks, so that each has about as many bytes to compare."""
     parts: list[list[str]] = [[] for _ in range(count)]
@@ -101,13 +120,19 @@ def shares(files: Files, count: int) -> list[list[str]]:
     return parts
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, last through a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename_for_good(folder: Path, name: Path) -> None:
+    """Give a folder its name, which lasts through a power cut."""
+    folder.rename(name)
+    _sync(name.parent)
 
 
 def _text(files: Files) -> str:

@@ -16,10 +16,40 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import Config, ModelConfig
 
+PARTIAL = ".partial"  # being written
+REMOVED = ".removed"  # being removed
+DAMAGED = ".damaged"  # passed over
+
 
 def saved_steps(folder: Path) -> list[Path]:
     """Whole checkpoints in the folder `checkpoints` of a run, oldest first."""
     return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, which is none from the first moment on."""
+    removed = folder.with_suffix(REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.rename(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Clean up after saves and removals that were interrupted."""
+    for unfinished in (*folder.glob(f"step_*{PARTIAL}"), *folder.glob(f"step_*{REMOVED}")):
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove all checkpoints but the `keep_last` newest and those of every `keep_every` steps."""
+    for checkpoint in saved_steps(folder)[:-keep_last]:
+        if keep_every is None or step_of(checkpoint) % keep_every:
+            discard(checkpoint)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number in its name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def find_checkpoint(run: Path, step: int | None = None) -> Path:
@@ -33,9 +63,9 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
         raise ConfigError(f"{run}: no checkpoints/step_NNNNNNNN in it; give the folder of a run")
     if step is None:
         return saved[-1]
-    found = [path for path in saved if int(path.name.removeprefix("step_")) == step]
+    found = [path for path in saved if step_of(path) == step]
     if not found:
-        steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in saved)
+        steps = ", ".join(str(step_of(path)) for path in saved)
         raise ConfigError(f"--step {step}: {run} has no checkpoint of it; there are: {steps}")
     return found[0]
 

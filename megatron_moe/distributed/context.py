@@ -65,14 +65,14 @@ def distributed(parallel: ParallelConfig, *, init_method: str = "env://") -> Ite
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What `function` gives on rank 0, on every rank; its ConfigError too. Without process groups, here."""
+    """What `function` gives on rank 0, on every rank; its ConfigError or OSError too. Without process groups, here."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return function()
-    answer: list[tuple[T | None, ConfigError | None]] = [(None, None)]
+    answer: list[tuple[T | None, ConfigError | OSError | None]] = [(None, None)]
     if dist.get_rank() == 0:
         try:
             answer = [(function(), None)]
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             answer = [(None, error)]
     dist.broadcast_object_list(answer)
     ((result, error),) = answer

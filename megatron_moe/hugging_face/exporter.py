@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_moe.checkpoint.dcp import Rows, SavedTensors, pieces
+from megatron_moe.checkpoint.manifest import check_whole
 from megatron_moe.checkpoint.run_folder import find_checkpoint, new_folder, saved_config, write_json
 from megatron_moe.config.derived import num_device_groups
 from megatron_moe.config.errors import ConfigError
@@ -59,6 +60,7 @@ def export_run(
         ConfigError: there is no such checkpoint, or Hugging Face has no such model.
     """
     checkpoint = find_checkpoint(run, step)
+    check_whole(checkpoint)
     config = saved_config(checkpoint)
     fields = _fields(config)
     vocabulary = find_tokenizer(run, tokenizer, config.model.vocab_size)

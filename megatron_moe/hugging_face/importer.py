@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from megatron_moe.checkpoint.dcp import NewTensor, Rows, write_checkpoint
+from megatron_moe.checkpoint.manifest import write_manifest
 from megatron_moe.checkpoint.run_folder import new_folder, plain, read_json, write_json
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import CONF_DIR, compose_config
@@ -58,6 +59,7 @@ def import_model(hf: Path, output: Path, *, tokenizer: Path | None = None) -> Su
         write_checkpoint(checkpoint, tensors, extra_states(model), _reader(parts, stored))
         state = {"step": 0, "consumed_samples": 0, "world_size": 0, "weights_only": True, "config": plain(config)}
         write_json(checkpoint / "state.json", state)
+        write_manifest(checkpoint)
     sizes = [(math.prod(tensor.shape), tensor.dtype.itemsize) for tensor in tensors]
     return Summary(
         tensors=len(tensors),

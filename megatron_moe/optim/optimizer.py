@@ -61,11 +61,11 @@ def _prepare(part: DistributedOptimizer) -> None:
         if isinstance(part.optimizer, torch.optim.AdamW):
             group["fused"] = True
     part.init_state_fn(part.optimizer, part.config)
-    _set_step(part, 0)
+    set_num_updates(part, 0)
 
 
-def load_state(part: DistributedOptimizer, tensors: dict[int, dict[str, Tensor]], step: int) -> None:
-    """Take over loaded main parameters and moments, and the number of updates done.
+def load_state(part: DistributedOptimizer, tensors: dict[int, dict[str, Tensor]]) -> None:
+    """Take over loaded main parameters and moments; `set_num_updates` comes after.
 
     megatron-core 0.16.1 copies every entry of torch's state and finds no saved "step" (distrib_optimizer.py:940), so
     that entry is away meanwhile.
@@ -73,11 +73,10 @@ def load_state(part: DistributedOptimizer, tensors: dict[int, dict[str, Tensor]]
     for state in part.optimizer.state.values():
         state.pop("step", None)
     part.load_parameter_state_from_fully_reshardable(tensors)
-    _set_step(part, step)
 
 
-def _set_step(part: DistributedOptimizer, step: int) -> None:
-    """Set the number of updates done, which AdamW's bias correction depends on.
+def set_num_updates(part: DistributedOptimizer, num_updates: int) -> None:
+    """Set the number of updates done, which AdamW's bias correction depends on; skipped steps are none.
 
     Torch keeps it with each parameter, the fused optimizers of Apex and Transformer Engine with each group.
     megatron-core's own loading (0.16.1, distrib_optimizer.py:839) gives all parameters one tensor, which torch then
@@ -86,9 +85,9 @@ def _set_step(part: DistributedOptimizer, step: int) -> None:
     for group in part.optimizer.param_groups:
         if isinstance(part.optimizer, torch.optim.AdamW):
             for param in group["params"]:
-                part.optimizer.state[param]["step"] = torch.tensor(float(step), device=param.device)
+                part.optimizer.state[param]["step"] = torch.tensor(float(num_updates), device=param.device)
         else:
-            group["step"] = step
+            group["step"] = num_updates
 
 
 def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:

@@ -40,7 +40,7 @@ class Run:
     optimizer: ChainedOptimizer
     checkpointer: Checkpointer
     state: TrainState
-    changed_options: list[str]
+    notes: list[str]
 
     @property
     def last_step(self) -> int:
@@ -72,8 +72,8 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
     print_start(config, context, run.pipeline.model, run.datasets)
     if context.is_main:
         write_run_files(config, overrides, run.datasets.tokenizer)
-    for change in run.changed_options:
-        run.say(f"changed since the checkpoint: {change}")
+    for note in run.notes:
+        run.say(note)
     if config.checkpoint.init_from is not None and run.state.step == 0:
         run.say(f"weights from {config.checkpoint.init_from}")
     run.say(f"{config.run.dir}: from step {run.state.step:,} to {run.last_step:,}")
@@ -113,7 +113,7 @@ def set_up(config: Config, context: DistributedContext) -> Run:
     model = build_model(config, context.pg_collection, context.device)
     optimizer = build_optimizer(config, model, context.pg_collection)
     checkpointer = Checkpointer(config, model, optimizer, datasets.fingerprints)
-    state, changed_options = checkpointer.load_latest()
+    state, notes = checkpointer.load_latest()
     return Run(
         config=config,
         context=context,
@@ -122,7 +122,7 @@ def set_up(config: Config, context: DistributedContext) -> Run:
         optimizer=optimizer,
         checkpointer=checkpointer,
         state=state,
-        changed_options=changed_options,
+        notes=notes,
     )
 
 

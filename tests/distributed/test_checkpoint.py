@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_moe.checkpoint.manifest import write_manifest
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import assemble, optimizer_shards, tiny_config, tiny_run
 
@@ -75,7 +76,7 @@ def save_often(folder: str) -> None:
 
 
 def test_configurations_compare_by_option() -> None:
-    from megatron_moe.checkpoint.checkpointer import check_same_run
+    from megatron_moe.checkpoint.compatibility import check_same_run
     from megatron_moe.checkpoint.run_folder import plain
     from megatron_moe.config.errors import ConfigError
 
@@ -123,6 +124,7 @@ def test_an_imported_model_is_no_run_to_go_on_with(tmp_path: Path) -> None:
     run_ranks(save, 1, "single", str(tmp_path))
     file = tmp_path / "checkpoints" / "step_00000003" / "state.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "weights_only": True}))
+    write_manifest(file.parent)
     with pytest.raises(
         AssertionError, match="holds an imported model, weights only; start another run with checkpoint"
     ):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_moe.checkpoint.checkpointer import check_same_data, check_same_run
+from megatron_moe.checkpoint.compatibility import check_same_data, check_same_run
 from megatron_moe.checkpoint.run_folder import plain
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.config.errors import ConfigError

@@ -102,18 +102,18 @@ def test_damaged_data_is_refused(tmp_path: Path, damage) -> None:
     save_cut(tmp_path, torch.randn(4, 3), [[], []])
     file = tmp_path / dcp.DATA_FILE
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ConfigError, match=rf"{dcp.DATA_FILE}: byte 0: not a tensor as torch saves it"):
+    with pytest.raises(ConfigError, match=rf"{dcp.DATA_FILE}: (byte 0: not a tensor as torch saves it|ends before x)"):
         SavedTensors(tmp_path).read("x", Rows(None, 0, 4))
 
 
 @pytest.mark.parametrize("value", [torch.randn(3, 4).t(), torch.randn(5, 3)[1:], torch.randn(3, 3), [Harmful()]])
 def test_chunks_that_are_not_what_the_index_says_are_refused(tmp_path: Path, value: object) -> None:
     save_cut(tmp_path, torch.randn(4, 3), [[], []])
-    place = SavedTensors(tmp_path)._places[MetadataIndex("x", (0, 0))]
+    index = dcp.read_index(tmp_path)
+    place = index.storage_data[MetadataIndex("x", (0, 0))]
     with (tmp_path / dcp.DATA_FILE).open("wb") as file:
         written = dcp._append(file, value)
     place.length = written.length
-    index = dcp._read_index(tmp_path / ".metadata")
     index.storage_data = {MetadataIndex("x", (0, 0)): place}
     (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
     dcp._data_offset.cache_clear()

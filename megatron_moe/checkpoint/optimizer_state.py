@@ -1,0 +1,51 @@
+"""Where a rank's optimizer state lies in the whole model's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor
+from megatron.core.optimizer import DistributedOptimizer
+
+from megatron_moe.optim.optimizer import load_state, set_num_updates
+
+STATES = ("param", "exp_avg", "exp_avg_sq")
+Sharded = dict[int, dict[str, ShardedBase]]
+
+
+def sharded_state(part: DistributedOptimizer, model_state: ShardedStateDict, *, is_loading: bool) -> Sharded:
+    """Main parameters and moments of an optimizer, each under its parameter's name.
+
+    How many optimizers and groups there are depends on the layout, so neither is named. On one data-parallel rank these
+    are the tensors themselves. On several megatron-core gathers what is split among them.
+
+    Source: megatron-core 0.16.1, distrib_optimizer.py, `sharded_param_state_fully_reshardable`.
+    """
+    if _is_split(part):
+        return part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata={})
+    places = {place.data: place for place in nested_values(model_state) if isinstance(place, ShardedBase)}
+    params = [param for buffer in part.buffers for param in buffer.param_index_map]
+    return {i: _of_param(part, param, places[param]) for i, param in enumerate(params)}
+
+
+def load_sharded_state(part: DistributedOptimizer, loaded: dict[int, dict[str, Any]], num_updates: int) -> None:
+    """Take over what was loaded into `sharded_state`, and the number of updates done."""
+    if _is_split(part):
+        load_state(part, loaded)
+    set_num_updates(part, num_updates)
+
+
+def _is_split(part: DistributedOptimizer) -> bool:
+    return part.data_parallel_group.size() > 1
+
+
+def _of_param(part: DistributedOptimizer, param: Any, place: ShardedBase) -> dict[str, ShardedBase]:
+    tensors = part._get_main_param_and_optimizer_states(param)
+    found = {}
+    for state in STATES:
+        values = tensors[state].detach().view(place.data.shape)
+        dtype = {"dtype": values.dtype} if isinstance(place, ShardedTensor) else {}
+        found[state] = replace(place, key=f"optimizer.state.{state}.{place.key}", data=values, **dtype)
+    return found

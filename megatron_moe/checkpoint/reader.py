@@ -1,0 +1,131 @@
+"""Reads checkpoints: checked against their manifest before a byte is used, and never as code."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    _replace_sharded_keys_with_state_dict_keys,
+    _replace_state_dict_keys_with_sharded_keys,
+    _restore_dict_types,
+    _unwrap_pyt_sharded_tensor,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+from megatron_moe.checkpoint.dcp import read_index
+from megatron_moe.checkpoint.manifest import problems_of, read_manifest, shares
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import Verify
+
+
+def damage(folder: Path, verify: Verify) -> list[str]:
+    """What differs from a checkpoint's manifest; on all ranks, which share the work and all get all.
+
+    Returns:
+        A line for each file, beginning with it; none where the checkpoint is whole.
+    """
+    try:
+        files = read_manifest(folder)
+        mine = shares(files, _world_size())[_rank()]
+        found = problems_of(folder, files, mine, contents=verify is Verify.full)
+    except ConfigError as error:
+        found = list(error.problems)
+    return sorted(set().union(*_from_all(found)))
+
+
+def check_whole(folder: Path, verify: Verify = Verify.full) -> None:
+    """Refuse a damaged checkpoint; on all ranks.
+
+    Raises:
+        ConfigError: with a line for each file that differs from the manifest.
+    """
+    if problems := damage(folder, verify):
+        raise ConfigError(*problems)
+
+
+def load(request: ShardedStateDict, folder: Path) -> StateDict:
+    """Fill this rank's tensors from a checkpoint of any layout; on all ranks. `check_whole` comes before.
+
+    Source: megatron-core 0.16.1, dist_checkpointing/serialization.py and strategies/torch.py, `load`, which read
+    `.metadata`, `common.pt` and objects with pickle.
+
+    Raises:
+        ConfigError: the checkpoint lacks a tensor, has it in another shape, or is of another version.
+    """
+    sharded, loaded, factories = load_preprocess(request)
+    sharded, _ = extract_sharded_base(sharded)
+    by_key, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded)
+    tensors = mcore_to_pyt_state_dict(by_key, True)
+    to_validate = [t for t in nested_values(sharded) if isinstance(t, ShardedTensor) and not t.allow_shape_mismatch]
+    planner = _Planner(shapes_validation_sharded_tensors=to_validate)
+    try:
+        _load_state_dict(tensors, _Reader(folder), planner=planner, no_dist=_world_size() == 1)
+    except (CheckpointException, CheckpointingException, KeyError, pickle.UnpicklingError) as error:
+        raise ConfigError(f"{folder}: {_first_cause(error)}") from error
+    values = {key: _unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
+    values = _replace_sharded_keys_with_state_dict_keys(values, flat, renamed)
+    _restore_dict_types(values, sharded)
+    merge(loaded, values)
+    return apply_factory_merges(loaded, factories)
+
+
+class _Reader(FileSystemReader):
+    """torch's reader, with an index that can run no code and names nothing outside of the folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self._folder = folder
+
+    def read_metadata(self) -> Metadata:
+        """The index, of the whole checkpoint only: torch would go on with one of this rank's."""
+        return read_index(self._folder)
+
+
+class _Planner(MCoreLoadPlanner):
+    """megatron-core's planner, with objects that can run no code."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(flatten_state_dict=False, **kwargs)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """An object of a module: nothing but plain values and tensors."""
+        with torch.serialization.safe_globals([io.BytesIO]):
+            self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def _first_cause(error: BaseException) -> str:
+    """What a rank raised, where torch has wrapped it."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error)
+
+
+def _from_all(mine: list[str]) -> list[list[str]]:
+    if _world_size() == 1:
+        return [mine]
+    found: list[list[str]] = [[]] * _world_size()
+    dist.all_gather_object(found, mine)
+    return found
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0

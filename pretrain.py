@@ -103,7 +103,9 @@ def train_here(config: Config, overrides: list[str]) -> None:
     from megatron_moe.distributed.context import distributed
     from megatron_moe.train.loop import train
 
-    with distributed(config.parallel, init_method=os.environ.get(launch.INIT_METHOD, "env://")) as context:
+    init_method = os.environ.get(launch.INIT_METHOD, "env://")
+    only = config.train.deterministic
+    with distributed(config.parallel, init_method=init_method, deterministic_only=only) as context:
         train(config, context, overrides)
 
 

@@ -22,6 +22,10 @@ class ConfigError(ValueError):
         return "\n".join(f"error: {problem}" for problem in self.problems)
 
 
+class TrainingError(RuntimeError):
+    """The training cannot go on; becomes exit code 3, without a traceback."""
+
+
 def exit_code_of(command: Callable[[], None]) -> int:
     """Run a tool's command: 0, 2 where the user can mend what went wrong, or 130 after Ctrl-C; without a traceback."""
     try:

@@ -24,7 +24,7 @@ POSITIVE = {
     ),
     "data": "sequence_length tokenizer_vocab_size",
     "optimizer": "lr adam_eps clip_grad",
-    "train": "train_steps exit_step global_batch_size micro_batch_size",
+    "train": "train_steps exit_step global_batch_size micro_batch_size max_skipped_steps spike_sigma spike_window",
     "train.batch_ramp": "start increment tokens",
     "evaluation": "interval num_samples",
     "checkpoint": "save_interval keep_last",

@@ -285,6 +285,8 @@ def _schedule(config: Config) -> Iterator[str]:
     train = config.train
     if train.exit_step is not None and train.exit_step > train.train_steps:
         yield f"train.exit_step={train.exit_step}: must not exceed train.train_steps={train.train_steps}"
+    if train.spike_window < 2:
+        yield f"train.spike_window={train.spike_window}: must be at least 2, for a standard deviation"
     source = config.checkpoint.init_from
     if source is not None and not (Path(source) / "checkpoints").is_dir():
         yield f"checkpoint.init_from={source}: holds no checkpoints; the folder of a run or of an imported model"

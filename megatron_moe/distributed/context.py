@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron_moe.config.derived import expert_tensor_parallel_size
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import ParallelConfig
-from megatron_moe.distributed import cpu, launch, without_te
+from megatron_moe.distributed import cpu, deterministic, launch, without_te
 from megatron_moe.distributed.accelerators import has_transformer_engine
 
 T = TypeVar("T")
@@ -40,18 +40,23 @@ class DistributedContext:
 
 
 @contextmanager
-def distributed(parallel: ParallelConfig, *, init_method: str = "env://") -> Iterator[DistributedContext]:
+def distributed(
+    parallel: ParallelConfig, *, init_method: str = "env://", deterministic_only: bool = False
+) -> Iterator[DistributedContext]:
     """Join the other ranks: NCCL where every local rank has a GPU, else gloo and megatron-core on CPUs.
 
     Args:
         parallel: sizes of the groups; their product must fit the number of ranks (config/validate.py checks it).
         init_method: rendezvous for `torch.distributed.init_process_group`.
+        deterministic_only: use nothing that may compute other bits another time.
 
     Yields:
         The context; all groups exist and have communicated once, so that none hangs on first use in mid-step.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if deterministic_only:
+        deterministic.switch_on()
     device = _local_device()
     if not has_transformer_engine():
         without_te.install()

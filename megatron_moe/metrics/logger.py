@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import netrc
 import os
 from pathlib import Path
@@ -36,8 +37,12 @@ class MetricLogger:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Write one step's metrics. Lists (loads of experts) go to the file only: wandb keys stay few."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Write one step's metrics, null for what is not finite.
+
+        Lists (loads of experts) go to the file only: wandb keys stay few.
+        """
+        metrics = _finite(metrics)
+        self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in metrics.items() if _is_scalar(value)}, step=step)
@@ -102,6 +107,15 @@ def has_wandb_key() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
     return any("wandb" in host for host in hosts)
+
+
+def _finite(value: Any) -> Any:
+    """Metrics with None in place of what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_scalar(value: Any) -> bool:

@@ -31,6 +31,7 @@ def transformer_config(
         **_precision(config.precision.dtype),
         "moe_grouped_gemm": grouped_gemm,
         "gradient_accumulation_fusion": fused_weight_gradient,
+        "deterministic_mode": config.train.deterministic,
     }
     if config.model.attention is Attention.mla:
         return MLATransformerConfig(**fields, **_latent_attention(config.model))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
@@ -11,6 +13,7 @@ from megatron.core.optimizer import (
     get_megatron_optimizer,
     get_standard_config_overrides,
 )
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -67,6 +70,8 @@ def _prepare(part: DistributedOptimizer) -> None:
 def load_state(part: DistributedOptimizer, tensors: dict[int, dict[str, Tensor]]) -> None:
     """Take over loaded main parameters and moments; `set_num_updates` comes after.
 
+    `step` counts updates, not the training's steps: a skipped step is none.
+
     megatron-core 0.16.1 copies every entry of torch's state and finds no saved "step" (distrib_optimizer.py:940), so
     that entry is away meanwhile.
     """
@@ -88,6 +93,36 @@ def set_num_updates(part: DistributedOptimizer, num_updates: int) -> None:
                 part.optimizer.state[param]["step"] = torch.tensor(float(num_updates), device=param.device)
         else:
             group["step"] = num_updates
+
+
+def prepare_gradients(optimizer: ChainedOptimizer) -> tuple[float, bool]:
+    """First half of `ChainedOptimizer.step` (megatron-core 0.16.1): hand the gradients to the optimizer.
+
+    Returns:
+        Norm over all parameters on all ranks, and whether every gradient on this rank is finite.
+    """
+    optimizer.prepare_grads()
+    norm = optimizer.get_grad_norm()
+    return norm, math.isfinite(norm) and math.isfinite(_norm_of_the_rest(optimizer))
+
+
+def _norm_of_the_rest(optimizer: ChainedOptimizer) -> float:
+    """Of this rank's gradients that the norm leaves out: of parameters that tensor-parallel rank 0 has too."""
+    rest = []
+    for part in optimizer.chained_optimizers:
+        in_norm = part.get_main_grads_for_grad_norm()
+        counted = {id(gradient) for gradient in in_norm}
+        gradients = [param.grad for param in part.get_parameters() if param.grad is not None]
+        rest += [gradient for gradient in gradients if id(gradient) not in counted]
+    return torch.nn.utils.get_total_norm(rest).item() if rest else 0.0
+
+
+def clip_and_update(optimizer: ChainedOptimizer, grad_norm: float) -> None:
+    """Second half of `ChainedOptimizer.step` (megatron-core 0.16.1): clip the prepared gradients and update."""
+    for part in optimizer.chained_optimizers:
+        if parameters := part.get_parameters():
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
 
 
 def set_learning_rate(optimizer: ChainedOptimizer, lr: float) -> None:

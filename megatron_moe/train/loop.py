@@ -24,6 +24,7 @@ from megatron_moe.model.build import build_model
 from megatron_moe.optim.optimizer import build_optimizer, set_learning_rate
 from megatron_moe.optim.scheduler import learning_rate
 from megatron_moe.train.evaluate import held_out_loss
+from megatron_moe.train.guard import Guard
 from megatron_moe.train.report import print_start, write_run_files
 from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
 from megatron_moe.train.step_metrics import step_metrics
@@ -41,6 +42,7 @@ class Run:
     checkpointer: Checkpointer
     state: TrainState
     notes: list[str]
+    guard: Guard
 
     @property
     def last_step(self) -> int:
@@ -88,6 +90,8 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
             samples = batch_size(config, run.state.consumed_samples)
             run.state.advance(samples)
             throughput.count(samples * config.data.sequence_length)
+            if result.skipped is not None:
+                run.say(f"step {run.state.step} | skipped: {result.skipped} ({run.state.skipped_in_a_row} in a row)")
 
             metrics: Metrics = {}
             evaluates = run.is_due(config.evaluation.interval)
@@ -123,6 +127,7 @@ def set_up(config: Config, context: DistributedContext) -> Run:
         checkpointer=checkpointer,
         state=state,
         notes=notes,
+        guard=Guard(config.train, state),
     )
 
 
@@ -161,7 +166,7 @@ def _record(run: Run) -> Path | None:
 def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
     set_learning_rate(run.optimizer, lr)
     count = num_micro_batches(run.config, run.context.world_size, run.state.consumed_samples)
-    return train_step(run.pipeline, run.optimizer, batches, count)
+    return train_step(run.pipeline, run.optimizer, batches, count, run.guard)
 
 
 def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: Throughput) -> Metrics:
@@ -171,6 +176,7 @@ def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: 
         "train/batch_size": samples,
         **step_metrics(run.config, run.context, run.pipeline.model, result),
         "train/lr": lr,
+        "train/skipped_steps": run.state.skipped_steps,
         "speed/tokens_per_second": tokens_per_second,
         "speed/step_time_s": step_time_s,
     }

@@ -28,6 +28,7 @@ from megatron_moe.config.derived import (
 )
 from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
 from megatron_moe.data.sources import Datasets, source_uses
+from megatron_moe.distributed import deterministic
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import paper_flops_per_token
@@ -91,6 +92,7 @@ def start_facts(config: Config, world_size: int, device: torch.device, datasets:
         ),
         *([("compute", _compute_text(config))] if model.attention is Attention.mha else []),
         ("precision", f"{config.precision.dtype.value}; router logits, optimizer state and gradient sums fp32"),
+        *([("kernels", deterministic.describe())] if train.deterministic else []),
         (
             "layout",
             f"{world_size} ranks: tensor {parallel.tensor_model_parallel_size}, pipeline "

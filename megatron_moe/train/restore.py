@@ -98,4 +98,5 @@ def read_config(folder: Path) -> Config:
     config = from_plain(saved)
     config.model.num_device_groups = config.model.num_device_groups or config.parallel.expert_model_parallel_size
     config.parallel = ParallelConfig()
+    config.train.deterministic = False  # of training only
     return config

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,23 +18,28 @@ from torch import Tensor
 
 from megatron_moe.model.build import routers
 from megatron_moe.model.router import Batch, Router
+from megatron_moe.optim.optimizer import clip_and_update, prepare_gradients
+from megatron_moe.train.agreement import Agreement, agree
+from megatron_moe.train.guard import Guard
 
 Batches = Iterator[Batch]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one training step yields.
+    """What one training step yields, the same on all ranks.
 
     Attributes:
-        loss: of this rank, as `Pipeline.run` returns it.
+        agreement: the loss, and what else all ranks know.
         grad_norm: of all parameters on all ranks, before clipping.
-        num_micro_batches: that this rank ran.
+        num_micro_batches: that each rank ran.
+        skipped: why nothing was updated; None: it was.
     """
 
-    loss: Tensor
+    agreement: Agreement
     grad_norm: float
     num_micro_batches: int
+    skipped: str | None
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,29 @@ class Pipeline:
 
 
 def train_step(
-    pipeline: Pipeline, optimizer: MegatronOptimizer, batches: list[Batches], num_micro_batches: int
+    pipeline: Pipeline,
+    optimizer: ChainedOptimizer,
+    batches: list[Batches],
+    num_micro_batches: int,
+    guard: Guard | None = None,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    writer_done: Callable[[], bool] = lambda: True,
 ) -> StepResult:
-    """Forward, backward and update over one global batch."""
+    """Forward, backward and update over one global batch.
+
+    Args:
+        pipeline: of this rank.
+        optimizer: of its parameters.
+        batches: one iterator over the same micro batches for each model chunk.
+        num_micro_batches: to take from each.
+        guard: skips the update where it must not be done; None: it always is.
+        stop_requested: whether this rank was asked to stop, asked once after the backward pass.
+        writer_done: whether this rank's background writer is done, asked at the same time.
+
+    Raises:
+        TrainingError: on all ranks: too many steps were skipped in a row.
+    """
     for chunk in pipeline.model:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -107,8 +132,12 @@ def train_step(
         router.reset_counters()
     get_model_config(pipeline.model[0]).finalize_model_grads_func = finalize_model_grads
     loss = pipeline.run(batches, num_micro_batches, forward_only=False)
-    _, grad_norm, _ = optimizer.step()
-    return StepResult(loss=loss, grad_norm=grad_norm, num_micro_batches=num_micro_batches)
+    grad_norm, finite_gradient = prepare_gradients(optimizer)
+    agreement = agree(loss, finite_gradient=finite_gradient, stop=stop_requested(), saved=writer_done())
+    skipped = guard.judge(agreement.loss, grad_norm, finite=agreement.finite) if guard is not None else None
+    if skipped is None:
+        clip_and_update(optimizer, grad_norm)
+    return StepResult(agreement, grad_norm, num_micro_batches, skipped)
 
 
 def _sum_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,17 +21,15 @@ from megatron_moe.train.step import StepResult
 def step_metrics(
     config: Config, context: DistributedContext, model: list[DistributedDataParallel], result: StepResult
 ) -> dict[str, Any]:
-    """The step's numbers over all ranks; on all ranks, as it reduces.
+    """The step's numbers over all ranks; on all ranks, as it reduces those of routing.
 
     Returns:
         Metrics by name; of routing only where there are experts. Balance losses are with their factors, summed over
         layers. `moe/expert_load` and `moe/device_load` are lists by MoE layer of the load over the mean.
     """
-    loss = result.loss.clone()
-    dist.all_reduce(loss)
     return {
-        "train/lm_loss": (loss[0] / loss[1]).item(),
-        "train/grad_norm": float(result.grad_norm),
+        "train/lm_loss": result.agreement.loss,
+        "train/grad_norm": result.grad_norm,
         **(_routing_metrics(config, context, model, result) if config.model.num_experts else {}),
         "memory/rank0_gib": memory_gib(context.device),
     }

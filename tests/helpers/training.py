@@ -59,7 +59,8 @@ def tiny_run(overrides: list[str]) -> Iterator[tuple[Any, list, int]]:
 
     world_size = int(os.environ["WORLD_SIZE"])
     config = tiny_config(*overrides, world_size=world_size)
-    with distributed(config.parallel, init_method=os.environ["MEGATRON_MOE_INIT_METHOD"]) as context:
+    rendezvous = os.environ["MEGATRON_MOE_INIT_METHOD"]
+    with distributed(config.parallel, init_method=rendezvous, deterministic_only=config.train.deterministic) as context:
         run = set_up(config, context)
         yield run, next_batches(run), num_micro_batches(config, world_size, 0)
 

@@ -1,0 +1,44 @@
+"""What all ranks must know before a step's update, in one small reduction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The same on all ranks.
+
+    Attributes:
+        loss: mean language-model loss in nats per target; nan if no target counts.
+        finite: whether the loss, and the gradient on every rank, are finite.
+        stop: whether any rank was asked to stop.
+        saved: whether every rank's background writer is done.
+    """
+
+    loss: float
+    finite: bool
+    stop: bool
+    saved: bool
+
+
+def agree(loss: Tensor, *, finite_gradient: bool, stop: bool, saved: bool) -> Agreement:
+    """Sum over all ranks; what is not finite in one number hides none of the others.
+
+    Args:
+        loss: of this rank, as `Pipeline.run` returns it.
+        finite_gradient: of this rank.
+        stop: whether this rank was asked to stop.
+        saved: whether this rank's background writer is done.
+    """
+    flags = torch.tensor([not finite_gradient, stop, not saved], dtype=torch.float64, device=loss.device)
+    sums = torch.cat((loss.double(), flags))
+    dist.all_reduce(sums)
+    total, num_targets = sums[:2].float()
+    mean, (not_finite, to_stop, unsaved) = (total / num_targets).item(), sums[2:].tolist()
+    return Agreement(loss=mean, finite=not not_finite and math.isfinite(mean), stop=to_stop > 0, saved=unsaved == 0)

@@ -1,8 +1,17 @@
 """Pretrain a DeepSeekMoE: `python pretrain.py [GROUP=CHOICE] [OPTION=VALUE] ...`.
 
 Alone, it starts as many workers on this host as the layout needs; under torchrun or srun it joins them.
-`--cfg job --resolve` prints the configuration. Exit codes: 0 done, 2 the user's input,
-128 plus its number after a signal (130 for Ctrl-C), 1 anything else.
+`--cfg job --resolve` prints the configuration. With `--auto-restart N`, workers on this host that fail are
+started again, at most N times, and fewer if three attempts in a row end without a new checkpoint.
+
+SIGTERM and SIGUSR1, to this process or to any worker: the step is finished and saved. Exit codes:
+
+    0    done
+    1    anything else, such as a worker that was killed
+    2    the user's input
+    3    the training cannot go on, as the message says
+    75   stopped by SIGTERM or SIGUSR1 and saved; the same command goes on
+    130  Ctrl-C, which does not save
 """
 
 from __future__ import annotations
@@ -17,45 +26,46 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.checkpoint.run_folder import saved_steps
+from megatron_moe.config.errors import ConfigError, Preempted, TrainingError
 from megatron_moe.config.load import COMPOSITION_ERRORS, explain, register_schema, to_config
 from megatron_moe.config.schema import Config
 from megatron_moe.config.validate import validate
-from megatron_moe.distributed import launch
+from megatron_moe.distributed import launch, signals, watchdog
 from megatron_moe.distributed.accelerators import check_apex, quiet
+from megatron_moe.distributed.failures import INTERRUPTED, PREEMPTED, TRAINING_ERROR, USER_ERROR, record_failure
 
-INTERRUPTED = 130  # exit code: 128 plus SIGINT
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="pretrain")
-def pretrain(composed: DictConfig) -> None:
-    """One job of Hydra's: exits only if it fails, so that a sweep goes on."""
-    if code := run(composed):
-        sys.exit(code)
+AUTO_RESTART = "--auto-restart"
 
 
-def run(composed: DictConfig) -> int:
+def run(composed: DictConfig, restarts: int) -> int:
     """Check the configuration, then train here or in workers; returns the exit code."""
     try:
         config, world_size = load(composed)
     except ConfigError as error:
         return fail(error)
-    overrides = list(HydraConfig.get().overrides.task)
     try:
-        if world_size > 1 and launch.launched_world_size(os.environ) is None:
-            code = launch.run_workers([sys.executable, __file__, *job_arguments()], world_size)
-            return interrupted(config) if code == INTERRUPTED else code
-        train_here(config, overrides)
-    except ConfigError as error:
-        return fail(error, only_here=True)
-    except KeyboardInterrupt:
-        return interrupted(config)
-    except Exception as error:
-        text = traceback.format_exc()
-        if not launch.record_failure(repr(error), text, os.environ):
-            print(text, file=sys.stderr)
-        return 1
+        if (world_size > 1 or restarts) and launch.launched_world_size(os.environ) is None:
+            return train_in_workers(config, world_size, restarts)
+        train_here(config, list(HydraConfig.get().overrides.task))
+    except (Exception, KeyboardInterrupt) as error:
+        return exit_code(error, config)
     return 0
+
+
+def exit_code(error: BaseException, config: Config) -> int:
+    """Say what ended the training, and what is left; returns the exit code."""
+    if isinstance(error, ConfigError):
+        return fail(error, only_here=True)
+    if isinstance(error, KeyboardInterrupt):
+        return interrupted(config)
+    if isinstance(error, Preempted):
+        return preempted(error)
+    is_explained = isinstance(error, TrainingError)
+    text = f"error: {error}" if is_explained else "".join(traceback.format_exception(error))
+    if not record_failure(repr(error), text, os.environ):
+        print(text, file=sys.stderr)
+    return TRAINING_ERROR if is_explained else 1
 
 
 def load(composed: DictConfig) -> tuple[Config, int]:
@@ -83,6 +93,14 @@ def interrupted(config: Config) -> int:
     return INTERRUPTED
 
 
+def preempted(stop: Preempted) -> int:
+    """Say, once, what is left after SIGTERM."""
+    if os.environ.get("RANK", "0") == "0":
+        name = signals.received_name()
+        print(f"stopped by {name} at step {stop.step:,}, saved; the same command goes on", file=sys.stderr)
+    return PREEMPTED
+
+
 def job_arguments() -> list[str]:
     """The command line that makes this job: the one given, or in a sweep the job's share of it."""
     return list(HydraConfig.get().overrides.task) if is_sweep() else sys.argv[1:]
@@ -96,8 +114,25 @@ def make_run_folder(config: Config) -> None:
         raise ConfigError(f"run.dir={config.run.dir}: cannot be made: {error.strerror}") from None
 
 
+def train_in_workers(config: Config, world_size: int, restarts: int) -> int:
+    """Start the ranks here, again after a failure if asked for; returns the exit code."""
+    command = [sys.executable, __file__, *job_arguments()]
+
+    def newest_step() -> int:
+        saved = saved_steps(Path(config.run.dir) / "checkpoints")
+        return int(saved[-1].name.removeprefix("step_")) if saved else 0
+
+    if restarts:
+        code = launch.run_workers_again(command, world_size, restarts=restarts, newest_step=newest_step)
+    else:
+        code = launch.run_workers(command, world_size)
+    return interrupted(config) if code == INTERRUPTED else code
+
+
 def train_here(config: Config, overrides: list[str]) -> None:
     """Train in this process, one of the ranks. Imports torch, which takes seconds."""
+    signals.install()
+    watchdog.start(60 * config.parallel.timeout_minutes)
     quiet()
     check_apex()
     from megatron_moe.distributed.context import distributed
@@ -107,6 +142,29 @@ def train_here(config: Config, overrides: list[str]) -> None:
     only = config.train.deterministic
     with distributed(config.parallel, init_method=init_method, deterministic_only=only) as context:
         train(config, context, overrides)
+    watchdog.stop()  # not after an error: the end of this process may hang
+
+
+def take_auto_restart(arguments: list[str]) -> tuple[list[str], int]:
+    """The arguments for Hydra, and how often workers are to be started again.
+
+    Raises:
+        ConfigError: `--auto-restart` is not followed by a number, or a launcher has started this process.
+    """
+    remaining, given = [], iter(arguments)
+    restarts = 0
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if name != AUTO_RESTART:
+            remaining.append(argument)
+            continue
+        value = value if equals else next(given, "")
+        if not value.isdecimal():
+            raise ConfigError(f"{AUTO_RESTART} {value}: must be a number of restarts, such as {AUTO_RESTART} 10")
+        if launch.launched_world_size(os.environ) is not None:
+            raise ConfigError(f"{AUTO_RESTART}: this rank was started by a launcher; torchrun has --max-restarts")
+        restarts = int(value)
+    return remaining, restarts
 
 
 def main() -> None:
@@ -116,6 +174,17 @@ def main() -> None:
     launch.adopt_slurm_step(os.environ)
     launch.end_with_parent(os.environ)
     try:
+        sys.argv[1:], restarts = take_auto_restart(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(fail(error))
+
+    @hydra.main(version_base="1.3", config_path="conf", config_name="pretrain")
+    def pretrain(composed: DictConfig) -> None:
+        """One job of Hydra's: exits only if it fails, so that a sweep goes on."""
+        if code := run(composed, restarts):
+            sys.exit(code)
+
+    try:
         pretrain()
     except (ValueError, *COMPOSITION_ERRORS) as error:  # ValueError: flags of Hydra that do not go together
         sys.exit(fail(explain(sys.argv[1:], error)))
@@ -123,10 +192,10 @@ def main() -> None:
 
 def fail(error: ConfigError, *, only_here: bool = False) -> int:
     """Tell the user what to change. Every rank finds the same, so rank 0 says it, unless it was found `only_here`."""
-    shown_by_launcher = launch.record_failure("configuration", error.report(), os.environ)
+    shown_by_launcher = record_failure("configuration", error.report(), os.environ)
     if not shown_by_launcher and (only_here or os.environ.get("RANK", "0") == "0"):
         print(error.report(), file=sys.stderr)
-    return launch.USER_ERROR
+    return USER_ERROR
 
 
 if __name__ == "__main__":

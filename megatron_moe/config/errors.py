@@ -1,4 +1,4 @@
-"""The errors a user can cause. They become exit code 2, without a traceback."""
+"""What ends a command without a traceback: the user's input (exit code 2), a training that cannot go on, a signal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,19 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """The training cannot go on; becomes exit code 3, without a traceback."""
+    """The training cannot go on, and would not if it were started again; the message says why and what may help."""
+
+
+class Preempted(Exception):  # noqa: N818 nothing went wrong
+    """The run was asked to stop, and has saved.
+
+    Args:
+        step: of the checkpoint.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        super().__init__(f"stopped at step {step}")
 
 
 def exit_code_of(command: Callable[[], None]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import math
 import os
 import re
 import signal
@@ -12,17 +12,33 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-PARENT = "MEGATRON_MOE_PARENT_PID"
+from megatron_moe.distributed import signals
+from megatron_moe.distributed.failures import (
+    INTERRUPTED,
+    PARENT,
+    PREEMPTED,
+    TRAINING_ERROR,
+    USER_ERROR,
+    Hang,
+    files,
+    first_of,
+    read_failure,
+    read_stack,
+    report,
+)
+
 INIT_METHOD = "MEGATRON_MOE_INIT_METHOD"
-ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun reads it too
-USER_ERROR = 2  # exit code
+FINAL = (0, USER_ERROR, TRAINING_ERROR, PREEMPTED, INTERRUPTED)  # exit codes after which a restart would not help
 POLL_S = 0.05
 GRACE_S = 3.0  # for the other ranks' own errors, which tell who was first
-TERMINATE_S = 5.0  # between SIGTERM and SIGKILL
+ABORT_S = 5.0  # for the stacks of those that hang
+RESTART_PAUSE_S = 2.0  # for devices and ports to become free
+MOST_IDLE = 3  # attempts in a row without a new checkpoint
 
 
 def adopt_slurm_step(environment: dict[str, str]) -> None:
@@ -56,51 +72,59 @@ def launched_world_size(environment: Mapping[str, str]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """How a worker ended that should not have."""
+class Ending:
+    """How an attempt ended: its exit code, and after a failure why, in a few words."""
 
-    rank: int
     exit_code: int
-    timestamp: float
-    traceback: str
-
-    @property
-    def is_cause(self) -> bool:
-        """Whether it died of something that no other rank's end can have brought about."""
-        return -self.exit_code in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
-
-    @property
-    def cause(self) -> str:
-        """What ended it, in a few words."""
-        if self.exit_code < 0:
-            return f"was killed by {signal.Signals(-self.exit_code).name}"
-        return f"ended with exit code {self.exit_code}"
+    reason: str = ""
 
 
 def run_workers(command: Sequence[str], world_size: int) -> int:
     """Run `command` once per rank on this host and wait.
 
-    The cores are divided among the ranks. One that fails ends all, and its traceback is shown; SIGINT and SIGTERM end
-    all; workers end by themselves if this process is killed.
+    The cores are divided among the ranks. One that fails ends all, and its traceback is shown; SIGINT ends all; workers
+    end by themselves if this process is killed. SIGTERM and SIGUSR1 are passed on to the workers, which take the time
+    they need, and end with `PREEMPTED` when they have saved.
 
     Returns:
-        0, the exit code of the rank that failed first (1 if a signal killed it), or 128 plus the number of the signal
-        that ended this process (130 after SIGINT).
+        0, `PREEMPTED`, `INTERRUPTED` after SIGINT, or the exit code of the rank that failed first (1 if a signal
+        killed it).
     """
-    with tempfile.TemporaryDirectory(prefix="megatron_moe-") as folder:
-        received: list[int] = []
-        previous = {s: signal.signal(s, lambda n, _: received.append(n)) for s in (signal.SIGINT, signal.SIGTERM)}
-        workers = []
-        try:
-            workers += [_start(command, rank, world_size, Path(folder)) for rank in range(world_size)]
-            failures = _wait(workers, Path(folder), received)
-        finally:
-            _end(workers)
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-    if received:
-        return 128 + received[0]
-    return _report(failures) if failures else 0
+    with _caught_signals() as received:
+        return _attempt(command, world_size, received).exit_code
+
+
+def run_workers_again(command: Sequence[str], world_size: int, *, restarts: int, newest_step: Callable[[], int]) -> int:
+    """As `run_workers`, but start all again after a failure that may not come back.
+
+    Args:
+        command: of a worker.
+        world_size: number of workers.
+        restarts: at most so many; fewer where three attempts in a row end without a new checkpoint.
+        newest_step: of the newest checkpoint, 0 if there is none.
+
+    Returns:
+        As `run_workers`, of the last attempt; `PREEMPTED` if a signal came between two.
+    """
+    with _caught_signals() as received:
+        used = idle = 0
+        while True:
+            before = newest_step()
+            ending = _attempt(command, world_size, received)
+            step = newest_step()
+            idle = idle + 1 if step == before else 0
+            if ending.exit_code in FINAL or received:
+                return ending.exit_code
+            if used == restarts or idle == MOST_IDLE:
+                limit = f"no new checkpoint in {idle} attempts" if idle == MOST_IDLE else f"{restarts} restarts used"
+                print(f"not started again, {limit}: {ending.reason}", file=sys.stderr)
+                return ending.exit_code
+            used += 1
+            print(f"restart {used} of {restarts} from step {step:,}: {ending.reason}", file=sys.stderr, flush=True)
+            _pause(received)
+            if received:
+                print("stopped before it; the same command goes on", file=sys.stderr)
+                return INTERRUPTED if signal.SIGINT in received else PREEMPTED
 
 
 def end_with_parent(environment: Mapping[str, str]) -> None:
@@ -130,7 +154,7 @@ def _start(command: Sequence[str], rank: int, world_size: int, folder: Path) -> 
         "LOCAL_WORLD_SIZE": str(world_size),
         PARENT: str(os.getpid()),
         INIT_METHOD: f"file://{folder}/rendezvous",
-        ERROR_FILE: str(_error_file(folder, rank)),
+        **files(folder, rank),
     }
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -140,77 +164,102 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _wait(workers: Sequence[subprocess.Popen], folder: Path, received: list[int]) -> list[Failure]:
-    """Until all have ended well, or one badly and the others had time to say why."""
-    deadline = None
-    ended: dict[int, float] = {}
-    while not received:
-        codes = [worker.poll() for worker in workers]
-        for rank, code in enumerate(codes):
-            if code is not None:
-                ended.setdefault(rank, time.time())
-        failed = [rank for rank, code in enumerate(codes) if code]
-        if failed and deadline is None:
-            deadline = time.monotonic() + GRACE_S
-        if None not in codes or (deadline is not None and time.monotonic() > deadline):
-            return [_failure(rank, codes[rank], ended[rank], folder) for rank in failed]
-        time.sleep(POLL_S)
-    return []
-
-
-def _failure(rank: int, exit_code: int, ended: float, folder: Path) -> Failure:
-    file = _error_file(folder, rank)
+@contextmanager
+def _caught_signals() -> Iterator[list[int]]:
+    """The signals that this process gets, which do nothing else meanwhile."""
+    received: list[int] = []
+    numbers = (signal.SIGINT, *signals.STOP_SIGNALS)
+    previous = {number: signal.signal(number, lambda n, _: received.append(n)) for number in numbers}
     try:
-        info = json.loads(file.read_text(encoding="utf-8"))["message"]["extraInfo"]
-        return Failure(rank, exit_code, file.stat().st_mtime, info["py_callstack"])
-    except (OSError, ValueError):
-        return Failure(rank, exit_code, ended, "")
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def record_failure(message: str, traceback: str, environment: Mapping[str, str]) -> bool:
-    """Leave what ended this rank where its launcher (torchrun's agent or ours) looks for it.
+def _attempt(command: Sequence[str], world_size: int, received: list[int]) -> Ending:
+    """Start the workers and see them end; none is left, whatever happens."""
+    with tempfile.TemporaryDirectory(prefix="megatron_moe-") as name:
+        folder = Path(name)
+        workers: list[subprocess.Popen] = []
+        hung: dict[int, bool] = {}
+        try:
+            with signals.held_back():  # in the workers too, until they can note them
+                workers += (_start(command, rank, world_size, folder) for rank in range(world_size))
+            ended = _wait(workers, received)
+            if signal.SIGINT not in received:
+                hung = _abort(workers)
+        finally:
+            _kill(workers)
+        if signal.SIGINT in received:
+            return Ending(INTERRUPTED)
+        codes = {rank: workers[rank].returncode for rank in ended}
+        bad = [rank for rank, code in codes.items() if code not in (0, PREEMPTED)]
+        if not bad:
+            return Ending(PREEMPTED if PREEMPTED in codes.values() else 0)
+        failures = [read_failure(folder, rank, codes[rank], ended[rank]) for rank in bad]
+        hangs = [Hang(rank, was_suspended, read_stack(folder, rank)[1]) for rank, was_suspended in hung.items()]
+        print(report(failures, hangs), file=sys.stderr, flush=True)
+        first = first_of(failures)
+        return Ending(max(first.exit_code, 1), first.reason)
+
+
+def _wait(workers: Sequence[subprocess.Popen], received: list[int]) -> dict[int, float]:
+    """Until all have ended well, or one badly and the others had time to say why, or this process is interrupted.
 
     Returns:
-        Whether our launcher will show it.
+        The ranks that have ended, and when: seconds since the epoch.
     """
-    if ERROR_FILE in environment:
-        info = {"py_callstack": traceback, "timestamp": str(int(time.time()))}
-        content = json.dumps({"message": {"message": message, "extraInfo": info}})
-        Path(environment[ERROR_FILE]).write_text(content, encoding="utf-8")
-    return PARENT in environment
-
-
-def _error_file(folder: Path, rank: int) -> Path:
-    return folder / f"error_{rank}.json"
-
-
-def _report(failures: list[Failure]) -> int:
-    """Show the first failure, which is the cause, and name the others; returns the exit code."""
-    first, *others = sorted(failures, key=lambda failure: (not failure.is_cause, failure.timestamp))
-    if first.exit_code == USER_ERROR:
-        print(first.traceback, file=sys.stderr)
-        return USER_ERROR
-    print(f"\nrank {first.rank} {first.cause}; all ranks were ended", file=sys.stderr)
-    if first.traceback:
-        print(first.traceback, file=sys.stderr)
-    for other in others:
-        last_line = other.traceback.strip().rsplit("\n", 1)[-1]
-        print(f"rank {other.rank} {other.cause} afterwards: {last_line[:200]}", file=sys.stderr)
-    return first.exit_code if first.exit_code > 0 else 1
-
-
-def _end(workers: Sequence[subprocess.Popen]) -> None:
-    """SIGTERM, then SIGKILL, to each worker's process group."""
-    _signal(workers, signal.SIGTERM)
-    deadline = time.monotonic() + TERMINATE_S
-    while time.monotonic() < deadline and any(worker.poll() is None for worker in workers):
+    ended: dict[int, float] = {}
+    deadline = math.inf
+    passed_on = 0
+    while signal.SIGINT not in received:
+        for number in received[passed_on:]:
+            passed_on += 1
+            for worker in workers:
+                worker.send_signal(number)
+        for rank, worker in enumerate(workers):
+            if rank not in ended and worker.poll() is not None:
+                ended[rank] = time.time()
+                if worker.returncode not in (0, PREEMPTED):
+                    deadline = min(deadline, time.monotonic() + GRACE_S)
+        if len(ended) == len(workers) or time.monotonic() > deadline:
+            break
         time.sleep(POLL_S)
-    _signal(workers, signal.SIGKILL)
+    return ended
+
+
+def _abort(workers: Sequence[subprocess.Popen]) -> dict[int, bool]:
+    """Have those that still run leave their stacks: their ranks, and whether they were suspended, as by SIGSTOP."""
+    running = {rank: worker for rank, worker in enumerate(workers) if worker.poll() is None}
+    suspended = {rank: _is_suspended(worker.pid) for rank, worker in running.items()}
+    for worker in running.values():
+        worker.send_signal(signal.SIGABRT)
+        worker.send_signal(signal.SIGCONT)  # a suspended one takes the other signal first
+    deadline = time.monotonic() + ABORT_S
+    while time.monotonic() < deadline and any(worker.poll() is None for worker in running.values()):
+        time.sleep(POLL_S)
+    return suspended
+
+
+def _is_suspended(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # macOS
+        return False
+    return status.rpartition(")")[2].split()[0] == "T"
+
+
+def _kill(workers: Sequence[subprocess.Popen]) -> None:
+    """End each worker's process group: the worker and those that read data for it."""
     for worker in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
         worker.wait()
 
 
-def _signal(workers: Sequence[subprocess.Popen], number: signal.Signals) -> None:
-    for worker in workers:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, number)
+def _pause(received: list[int]) -> None:
+    """Before a restart, unless a signal comes."""
+    deadline = time.monotonic() + RESTART_PAUSE_S
+    while time.monotonic() < deadline and not received:
+        time.sleep(POLL_S)

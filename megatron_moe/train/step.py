@@ -16,6 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
+from megatron_moe.distributed import watchdog
 from megatron_moe.model.build import routers
 from megatron_moe.model.router import Batch, Router
 from megatron_moe.optim.optimizer import clip_and_update, prepare_gradients
@@ -82,6 +83,7 @@ class Pipeline:
         return routers(self.model)
 
     def _forward_step(self, batches: Batches, model: DistributedDataParallel) -> tuple[Tensor, Any]:
+        watchdog.alive()
         batch = next(batches)
         self.begin_micro_batch(batch)
         losses = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])

@@ -1,0 +1,47 @@
+"""Ends a rank that hangs, and leaves the stacks of one that hangs or is aborted. Imports no torch."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+STACK_FILE = "MEGATRON_MOE_STACK_FILE"
+MARGIN = 1.1  # a collective that times out says more, so it comes first
+
+
+class _Watch:
+    """Of this process: where stacks go, and after how many seconds without a sign of life."""
+
+    file: TextIO | None = None
+    timeout_s: float | None = None
+
+
+def start(timeout_s: float, environment: Mapping[str, str] = os.environ) -> None:
+    """Write the stacks of all threads when this process crashes or is aborted, and, once it has called `alive`, hangs.
+
+    What comes before the first `alive`, such as preparing data, may take longer than any step.
+
+    Args:
+        timeout_s: of the collectives; without a sign of life for 1.1 times as long, the process ends with exit code 1.
+        environment: may name a file for the stacks in `STACK_FILE`; else they go to standard error.
+    """
+    path = environment.get(STACK_FILE)
+    _Watch.file = Path(path).open("w", encoding="utf-8") if path else sys.stderr  # noqa: SIM115 for the handlers
+    _Watch.timeout_s = MARGIN * timeout_s
+    faulthandler.enable(file=_Watch.file)
+
+
+def alive() -> None:
+    """Call it wherever the training gets on, in its own thread: each micro batch, each part of a save or a load."""
+    if _Watch.timeout_s is not None:
+        faulthandler.dump_traceback_later(_Watch.timeout_s, exit=True, file=_Watch.file)
+
+
+def stop() -> None:
+    """Watch no longer; crashes still leave their stacks."""
+    faulthandler.cancel_dump_traceback_later()
+    _Watch.timeout_s = None

@@ -118,8 +118,10 @@ class Checkpointer:
         """Begin to save; `finish` comes next. In the background: training may go on meanwhile.
 
         Raises:
-            SaveError: the folder cannot be made.
+            SaveError: the folder cannot be made, or the weights of a rank are not finite.
         """
+        if broken := _ranks_with_broken_weights(self.model):
+            raise SaveError(f"step {state.step:,}: weights of ranks {broken} are not finite")
         folder = self.folder / f"step_{state.step:08}"
         partial = folder.with_suffix(PARTIAL)
         from_main(lambda: _make_anew(partial))
@@ -266,6 +268,15 @@ def _named_chunks(model: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Modu
     if len(chunks) == 1:
         return [("model", chunks[0])]
     return [(f"model{i}", chunk) for i, chunk in enumerate(chunks)]
+
+
+def _ranks_with_broken_weights(model: list[DistributedDataParallel]) -> list[int]:
+    """Whose weights hold nan or inf: never worth a checkpoint, which others would have to make room for."""
+    norm = torch.nn.utils.get_total_norm([param.detach() for chunk in model for param in chunk.parameters()])
+    flags = torch.zeros(dist.get_world_size(), device=norm.device)
+    flags[dist.get_rank()] = not torch.isfinite(norm)
+    dist.all_reduce(flags)
+    return flags.nonzero().flatten().tolist()
 
 
 def _make_anew(partial: Path) -> None:

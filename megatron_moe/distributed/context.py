@@ -38,6 +38,11 @@ class DistributedContext:
         """Whether this rank prints and writes."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print on the main rank."""
+        if self.is_main:
+            print(text, flush=True)  # noqa: T201
+
 
 @contextmanager
 def distributed(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +12,23 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron_moe.checkpoint.checkpointer import Checkpointer
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.config.derived import batch_size, num_micro_batches
+from megatron_moe.config.errors import Preempted, TrainingError
 from megatron_moe.config.schema import Config
 from megatron_moe.data.dataset import unigram_entropy
 from megatron_moe.data.sampler import micro_batches
 from megatron_moe.data.sources import Datasets, HeldOut, build_datasets
+from megatron_moe.distributed import signals
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.metrics.logger import MetricLogger, Metrics, evaluation_line, progress_line
 from megatron_moe.metrics.throughput import Throughput
 from megatron_moe.model.build import build_model
 from megatron_moe.optim.optimizer import build_optimizer, set_learning_rate
 from megatron_moe.optim.scheduler import learning_rate
+from megatron_moe.train.agreement import Agreement
 from megatron_moe.train.evaluate import held_out_loss
 from megatron_moe.train.guard import Guard
 from megatron_moe.train.report import print_start, write_run_files
+from megatron_moe.train.saving import Saving
 from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
 from megatron_moe.train.step_metrics import step_metrics
 
@@ -43,6 +46,7 @@ class Run:
     state: TrainState
     notes: list[str]
     guard: Guard
+    saving: Saving
 
     @property
     def last_step(self) -> int:
@@ -52,11 +56,6 @@ class Run:
     def is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens after this step."""
         return self.state.step % interval == 0 or self.state.step == self.last_step
-
-    def say(self, text: str) -> None:
-        """Print on the main rank."""
-        if self.context.is_main:
-            print(text, flush=True)
 
 
 def train(config: Config, context: DistributedContext, overrides: list[str]) -> None:
@@ -75,10 +74,10 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
     if context.is_main:
         write_run_files(config, overrides, run.datasets.tokenizer)
     for note in run.notes:
-        run.say(note)
+        run.context.say(note)
     if config.checkpoint.init_from is not None and run.state.step == 0:
-        run.say(f"weights from {config.checkpoint.init_from}")
-    run.say(f"{config.run.dir}: from step {run.state.step:,} to {run.last_step:,}")
+        run.context.say(f"weights from {config.checkpoint.init_from}")
+    run.context.say(f"{config.run.dir}: from step {run.state.step:,} to {run.last_step:,}")
 
     with _logger(run) as logger:
         batches = next_batches(run)
@@ -91,22 +90,23 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
             run.state.advance(samples)
             throughput.count(samples * config.data.sequence_length)
             if result.skipped is not None:
-                run.say(f"step {run.state.step} | skipped: {result.skipped} ({run.state.skipped_in_a_row} in a row)")
+                run.context.say(
+                    f"step {run.state.step} | skipped: {result.skipped} ({run.state.skipped_in_a_row} in a row)"
+                )
 
             metrics: Metrics = {}
             evaluates = run.is_due(config.evaluation.interval)
             if evaluates or run.is_due(config.logger.log_interval):
                 metrics |= _measure(run, result, lr, samples, throughput)
-                run.say(progress_line(run.state.step, config.train.train_steps, metrics))
+                run.context.say(progress_line(run.state.step, config.train.train_steps, metrics))
             with throughput.paused():
                 if evaluates:
                     evaluation = _evaluate(run)
                     metrics |= evaluation
             if logger is not None and metrics:
                 logger.log(run.state.step, metrics)  # before a save: from there on nothing is computed again
-            if run.is_due(config.checkpoint.save_interval):
-                with throughput.paused():
-                    _save(run)
+            with throughput.paused():
+                _save(run, result.agreement)
 
     _summarize(run, evaluation)
 
@@ -128,6 +128,7 @@ def set_up(config: Config, context: DistributedContext) -> Run:
         state=state,
         notes=notes,
         guard=Guard(config.train, state),
+        saving=Saving(checkpointer, in_background=config.checkpoint.async_save, say=context.say, saved_step=state.step),
     )
 
 
@@ -166,7 +167,19 @@ def _record(run: Run) -> Path | None:
 def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
     set_learning_rate(run.optimizer, lr)
     count = num_micro_batches(run.config, run.context.world_size, run.state.consumed_samples)
-    return train_step(run.pipeline, run.optimizer, batches, count, run.guard)
+    try:
+        return train_step(
+            run.pipeline,
+            run.optimizer,
+            batches,
+            count,
+            run.guard,
+            stop_requested=signals.stop_requested,
+            writer_done=lambda: run.checkpointer.is_written,
+        )
+    except TrainingError:  # on all ranks; what was begun to be saved is good
+        run.saving.finish()
+        raise
 
 
 def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: Throughput) -> Metrics:
@@ -207,14 +220,25 @@ def _losses(run: Run, part: str, sources: list[HeldOut]) -> Metrics:
             metrics[f"{part}/{source.name}/bits_per_byte"] = loss / math.log(2) * source.tokens_per_byte
     if sources:
         metrics[f"{part}/lm_loss"] = total / sum(source.weight for source in sources)
-        run.say(evaluation_line(run.state.step, metrics))
+        run.context.say(evaluation_line(run.state.step, metrics))
     return metrics
 
 
-def _save(run: Run) -> None:
-    start = time.perf_counter()
-    folder = run.checkpointer.save(run.state)
-    run.say(f"step {run.state.step} | saved {folder} in {time.perf_counter() - start:.1f} s")
+def _save(run: Run, agreement: Agreement) -> None:
+    """What is to be saved after a step.
+
+    Raises:
+        Preempted: a rank was asked to stop, and the step is saved.
+        TrainingError: the last step cannot be saved.
+    """
+    if agreement.saved:
+        run.saving.finish()
+    if run.state.step == run.last_step or agreement.stop:
+        run.saving.save_last(run.state)
+    elif run.is_due(run.config.checkpoint.save_interval):
+        run.saving.save(run.state)
+    if agreement.stop and run.state.step < run.last_step:
+        raise Preempted(run.state.step)
 
 
 def _summarize(run: Run, evaluation: Metrics) -> None:
@@ -222,15 +246,15 @@ def _summarize(run: Run, evaluation: Metrics) -> None:
 
     `evaluation` is of the last step, empty where no step was left to train.
     """
-    train_steps = run.config.train.train_steps
+    say, train_steps = run.context.say, run.config.train.train_steps
     if run.state.step < train_steps:
-        run.say(f"stopped at step {run.state.step:,} of {train_steps:,}; goes on with a larger train.exit_step or none")
+        say(f"stopped at step {run.state.step:,} of {train_steps:,}; goes on with a larger train.exit_step or none")
         return
-    run.say(f"finished {run.state.step:,} steps in {run.config.run.dir}; another run needs another run.name")
+    say(f"finished {run.state.step:,} steps in {run.config.run.dir}; another run needs another run.name")
     evaluation = evaluation or _evaluate(run)
     if run.context.is_main and run.datasets.valid:
         loss = evaluation["valid/lm_loss"]
         entropy = unigram_entropy([(s.sequences, _num_samples(run, s), s.weight) for s in run.datasets.valid])
-        run.say(f"held-out loss          {loss:.4f} nats per token")
-        run.say(f"unigram entropy        {entropy:.4f} nats per token, of the same held-out tokens")
-        run.say(f"below unigram entropy  {entropy - loss:.4f} nats")
+        say(f"held-out loss          {loss:.4f} nats per token")
+        say(f"unigram entropy        {entropy:.4f} nats per token, of the same held-out tokens")
+        say(f"below unigram entropy  {entropy - loss:.4f} nats")

@@ -95,8 +95,12 @@ def test_a_run_cannot_change_its_model_on_the_way(tmp_path: Path) -> None:
     assert "model.rotary_base=500: runs/a was trained with 10000" in result.stderr
     assert "data.seed=2: runs/a was trained with 1234" in result.stderr
     assert "Traceback" not in result.stderr
-    result = run_cli("pretrain.py", *SHORT, "run.name=a", "train.exit_step=2", "optimizer.lr=0.5", cwd=tmp_path)
-    assert result.returncode == 0
+    other_schedule = [*SHORT, "run.name=a", "train.exit_step=2", "optimizer.lr=0.5"]
+    result = run_cli("pretrain.py", *other_schedule, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "optimizer.lr=0.5: runs/a was trained with 0.001, another learning-rate schedule" in result.stderr
+    result = run_cli("pretrain.py", *other_schedule, "checkpoint.allow_schedule_change=true", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert "changed since the checkpoint: optimizer.lr: 0.001 -> 0.5" in result.stdout
 
 

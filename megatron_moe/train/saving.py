@@ -1,0 +1,84 @@
+"""When a run saves, and what becomes of a save that fails."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from megatron_moe.checkpoint.checkpointer import Checkpointer, SaveError
+from megatron_moe.checkpoint.state import TrainState
+from megatron_moe.config.errors import TrainingError
+from megatron_moe.distributed import watchdog
+
+
+class Saving:
+    """The saves of one run. Every method is for all ranks.
+
+    A save that fails is told, and the run goes on: the next one comes as usual. Only the last one must succeed.
+
+    Args:
+        checkpointer: that writes them.
+        in_background: `checkpoint.async_save`.
+        say: prints on the main rank.
+        saved_step: of the checkpoint that the run goes on from.
+    """
+
+    def __init__(
+        self, checkpointer: Checkpointer, *, in_background: bool, say: Callable[[str], None], saved_step: int
+    ) -> None:
+        self._checkpointer = checkpointer
+        self._in_background = in_background
+        self._say = say
+        self._saved_step = saved_step
+        self._begun_step = saved_step
+        self._waited_s = 0.0
+
+    def save(self, state: TrainState) -> None:
+        """Save, or begin to in the background; the one before is finished first."""
+        self.finish()
+        self._tolerant(lambda: self._begin(state, background=self._in_background))
+        if not self._in_background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Finish the save under way, if there is one."""
+        self._tolerant(self._finish)
+
+    def save_last(self, state: TrainState) -> None:
+        """Save before the run ends, unless this step is saved already.
+
+        Raises:
+            TrainingError: it cannot be saved.
+        """
+        self.finish()
+        try:
+            if self._saved_step != state.step:
+                self._begin(state, background=False)
+                self._finish()
+        except SaveError as error:
+            raise TrainingError(
+                f"step {state.step:,} could not be saved: {error}; the checkpoints before are as they were, and the "
+                "same command goes on from the last of them"
+            ) from error
+
+    def _begin(self, state: TrainState, *, background: bool) -> None:
+        start = time.perf_counter()
+        watchdog.alive()
+        self._checkpointer.begin(state, background=background)
+        self._begun_step, self._waited_s = state.step, time.perf_counter() - start
+
+    def _finish(self) -> None:
+        if not self._checkpointer.is_saving:
+            return
+        start = time.perf_counter()
+        watchdog.alive()
+        folder = self._checkpointer.finish()
+        self._saved_step = self._begun_step
+        waited_s = self._waited_s + time.perf_counter() - start
+        self._say(f"step {self._saved_step} | saved {folder} in {waited_s:.1f} s")
+
+    def _tolerant(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except SaveError as error:
+            self._say(f"not saved: {error}; the training goes on, and the checkpoints before are as they were")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import netrc
 import os
@@ -12,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from megatron_moe.config.schema import Config
+from megatron_moe.metrics.json_lines import JsonLines, drop_after
 from megatron_moe.metrics.throughput import format_duration
 
 Metrics = dict[str, Any]
@@ -22,8 +22,8 @@ class MetricLogger:
 
     def __init__(self, config: Config, *, first_step: int) -> None:
         path = Path(config.run.dir) / "metrics.jsonl"
-        _drop_after(path, first_step)
-        self._file = path.open("a", encoding="utf-8")
+        drop_after(path, first_step)
+        self._lines = JsonLines(path)
         self._wandb = start_wandb(config) if config.logger.wandb else None
 
     def __enter__(self) -> MetricLogger:
@@ -32,7 +32,7 @@ class MetricLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._lines.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if kind is None else 1)
 
@@ -42,8 +42,7 @@ class MetricLogger:
         Lists (loads of experts) go to the file only: wandb keys stay few.
         """
         metrics = _finite(metrics)
-        self._file.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
-        self._file.flush()
+        self._lines.write({"step": step, **metrics})
         if self._wandb is not None:
             self._wandb.log({key: value for key, value in metrics.items() if _is_scalar(value)}, step=step)
 
@@ -120,20 +119,3 @@ def _finite(value: Any) -> Any:
 
 def _is_scalar(value: Any) -> bool:
     return isinstance(value, int | float)
-
-
-def _drop_after(path: Path, step: int) -> None:
-    """Forget steps that were logged after the checkpoint that the run resumes from."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _step_of(line) <= step]
-    if len(kept) < len(lines):
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # cut off by a crash

@@ -150,7 +150,7 @@ def describe(checkpoint: Path) -> Description:
     Raises:
         ConfigError: its description or its index is missing or damaged, or of another version.
     """
-    state, config = read_json(checkpoint / "state.json"), saved_config(checkpoint)
+    state, config = read_json(checkpoint / "state.json"), _config(checkpoint)
     sizes = _sizes(tensors_of(checkpoint), config.model)
     numbers = {name: _number(checkpoint, state, name) for name in ("step", "consumed_samples", "skipped_steps")}
     world_size = _number(checkpoint, state, "world_size")
@@ -233,10 +233,17 @@ def _index(checkpoint: Path) -> Metadata:
         raise ConfigError(f"{checkpoint / '.metadata'}: {error.strerror}") from None
 
 
+def _config(checkpoint: Path) -> Config:
+    try:
+        return saved_config(checkpoint)
+    except ConfigError as error:
+        raise ConfigError(*(f"{checkpoint / 'state.json'}: {problem}" for problem in error.problems)) from None
+
+
 def _verify_index(checkpoint: Path, sizes: Mapping[str, int]) -> list[str]:
     index = _index(checkpoint)
     weights_only = bool(read_json(checkpoint / "state.json").get("weights_only"))
-    model = saved_config(checkpoint).model
+    model = _config(checkpoint).model
     coverage = problems_of_coverage(layouts_of(index), model, with_optimizer=not weights_only)
     return problems_of_places(index, sizes) + coverage
 

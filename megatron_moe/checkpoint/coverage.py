@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
@@ -107,7 +106,7 @@ def problems_of_places(index: Metadata, sizes: Mapping[str, int]) -> list[str]:
 
     Args:
         index: of a checkpoint.
-        sizes: bytes of the files that it may refer to, by their names within the folder.
+        sizes: bytes of the files that it may refer to, by name; a path to elsewhere is none of them.
 
     Raises:
         ConfigError: the index is malformed.
@@ -129,7 +128,7 @@ def problems_of_places(index: Metadata, sizes: Mapping[str, int]) -> list[str]:
 
 def _problem_of_place(name: str, place: Any, sizes: Mapping[str, int]) -> str | None:
     file = place.relative_path
-    if not isinstance(file, str) or Path(file).name != file or file not in sizes:
+    if file not in sizes:
         return f"{name}: is said to be in {file!r}, which is no file of the checkpoint"
     if not all(isinstance(number, int) and number >= 0 for number in (place.offset, place.length)):
         return f"{name}: is said to be at byte {place.offset!r} of {file}, {place.length!r} bytes long"

@@ -24,7 +24,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.training import tiny_config, tiny_run
 
 TOOL = ROOT / "tools" / "inspect_checkpoint.py"
-LAYOUT = ["parallel=pp2_ep2"]
+LAYOUT = ["parallel=ep2"]
 EXPERTS = "decoder.layers.3.mlp.experts.experts.linear_fc2.weight"
 spec = spec_from_file_location("inspect_checkpoint", TOOL)
 tool = module_from_spec(spec)
@@ -52,7 +52,7 @@ def sign(checkpoint: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 1 and 2."""
     folder = tmp_path_factory.mktemp("inspect") / "run"
-    run_ranks(train, 4, str(folder))
+    run_ranks(train, 2, str(folder))
     for step in (1, 2):
         sign(folder / "checkpoints" / f"step_0000000{step}")
     return folder
@@ -88,14 +88,14 @@ def change_index(checkpoint: Path, change: Callable[[Metadata], None]) -> None:
 
 def test_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = said(capsys, trained, "--verify")
-    parameters = total_params(tiny_config(*LAYOUT, world_size=4).model)
+    parameters = total_params(tiny_config(*LAYOUT, world_size=2).model)
     for line in (
         f"checkpoint         {trained}/checkpoints/step_00000002\n",
         "state              whole: a finished save\n",
         "step               2\n",
         "trained on         16 sequences, 512 tokens\n",
         "skipped steps      0\n",
-        "saved by           4 ranks: pipeline 2, expert 2, data 2\n",
+        "saved by           2 ranks: expert 2, data 2\n",
         "precision          fp32\n",
         f"model              deepseekmoe_nano, {parameters:,} parameters\n",
         "verified: every file is as its manifest says, and no part of the model is missing\n",
@@ -111,7 +111,7 @@ def test_a_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_json(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(said(capsys, trained, "--verify", "--json", "--tensors", "*router*"))
-    assert found["description"]["layout"]["pipeline"] == 2
+    assert found["description"]["layout"]["expert"] == 2
     assert found["problems"] == []
     assert [entry["name"] for entry in found["checkpoints"]] == ["step_00000001", "step_00000002"]
     newest = trained / "checkpoints" / "step_00000002"
@@ -170,6 +170,13 @@ def test_other_values_are_found(trained: Path, checkpoint: Path, capsys: pytest.
     found = json.loads(said(capsys, trained, trained / "checkpoints" / "step_00000001", "--values", "--json"))
     assert f"{EXPERTS}: other values" in found["differences"]["values"]
     assert "--values: compares two checkpoints" in said(capsys, trained, "--values", code=2)
+
+
+def test_values_are_read_in_the_folder_only(
+    trained: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link(checkpoint / "__1_0.distcp")
+    assert "'__1_0.distcp', which is no file of" in said(capsys, trained, checkpoint, "--values", code=2)
 
 
 def flip(path: Path) -> None:

@@ -17,9 +17,10 @@ from megatron_moe.config.derived import num_device_groups
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Config
 from megatron_moe.hugging_face.config import to_hf_config
-from megatron_moe.hugging_face.names import HfTensor, hf_tensors, other_name, our_tensors
+from megatron_moe.hugging_face.names import HfTensor, hf_tensors
 from megatron_moe.hugging_face.safetensors import NAMES, TensorToWrite, write_folder
 from megatron_moe.hugging_face.tokenizer import TokenizerFile, find_tokenizer
+from megatron_moe.model.names import other_name, our_tensors
 
 TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 SHOWN = 3  # names in an error

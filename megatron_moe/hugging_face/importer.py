@@ -21,9 +21,10 @@ from megatron_moe.config.schema import Config, Dtype, ModelConfig, PrecisionConf
 from megatron_moe.config.validate import validate
 from megatron_moe.hugging_face.config import from_hf_config, in_their_names
 from megatron_moe.hugging_face.exporter import SHOWN, Summary
-from megatron_moe.hugging_face.names import Source, extra_states, hf_tensors, other_name, our_tensors, sources
+from megatron_moe.hugging_face.names import Source, hf_tensors, sources
 from megatron_moe.hugging_face.safetensors import TORCH_DTYPES, StoredTensor, open_folder
 from megatron_moe.hugging_face.tokenizer import FILE, find_tokenizer
+from megatron_moe.model.names import extra_states, other_name, our_tensors
 
 IGNORED = ".rotary_emb.inv_freq"  # follows from rope_theta; older files hold it
 EMBEDDING = "model.embed_tokens.weight"

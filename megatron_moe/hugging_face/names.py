@@ -1,11 +1,8 @@
 """Names and shapes of Hugging Face's DeepSeek tensors, and where their rows are in megatron-core's. Pure.
 
-Both keep a matrix as [out, in], so that all differences are in rows: megatron-core puts the query, key and value rows
-of each head together, the gate above the up projection, and the same matrix of a layer's experts (of a dense model: of
-all layers) into one stacked tensor.
+Both keep a matrix as [out, in], so that all differences are in rows (`model/names.py` has megatron-core's).
 
-Source: the released checkpoints of deepseek-moe-16b-base and DeepSeek-V2-Lite; megatron-core 0.16.1, mlp.py (gate and
-up), attention.py (heads), multi_latent_attention.py, transformer_block.py (equal layers are stacked).
+Source: the released checkpoints of deepseek-moe-16b-base and DeepSeek-V2-Lite.
 """
 
 from __future__ import annotations
@@ -16,15 +13,7 @@ from dataclasses import dataclass, replace
 
 from megatron_moe.config.derived import is_moe_layer
 from megatron_moe.config.schema import Attention, ModelConfig
-
-# Where layers are built with Transformer Engine, a norm may be part of the projection after it; without, it may be
-# filed as if it were (megatron-core 0.16.1, gpt_layer_specs.py). The values are the same.
-NORM_NAMES = (
-    ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-    ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-    ("self_attention.q_layernorm.weight", "self_attention.linear_q_up_proj.layer_norm_weight"),
-    ("self_attention.kv_layernorm.weight", "self_attention.linear_kv_up_proj.layer_norm_weight"),
-)
+from megatron_moe.model.names import norm_names
 
 
 @dataclass(frozen=True)
@@ -69,10 +58,9 @@ def hf_tensors(model: ModelConfig) -> Iterator[HfTensor]:
 def _layer(model: ModelConfig, layer: int) -> Iterator[HfTensor]:
     theirs, ours = f"model.layers.{layer}", f"decoder.layers.{layer}"
     hidden = model.hidden_size
-    is_mha = model.attention is Attention.mha
-    before_attention, before_mlp = (names[is_mha] for names in NORM_NAMES[:2])
+    before_attention, before_mlp = norm_names(model)
     yield _same(f"{theirs}.input_layernorm.weight", (hidden,), f"{ours}.{before_attention}")
-    attention = _heads if is_mha else _latent_attention
+    attention = _heads if model.attention is Attention.mha else _latent_attention
     yield from attention(model, f"{theirs}.self_attn", f"{ours}.self_attention")
     yield _same(f"{theirs}.post_attention_layernorm.weight", (hidden,), f"{ours}.{before_mlp}")
     if is_moe_layer(model, layer):
@@ -143,31 +131,6 @@ def _stacked(tensor: HfTensor, layer: int) -> HfTensor:
     return replace(tensor, places=tuple(places))
 
 
-@dataclass(frozen=True)
-class OurTensor:
-    """A tensor of ours: the shape of a matrix (or vector), and how many are stacked, if they are."""
-
-    matrix: tuple[int, ...]
-    stack: int | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole."""
-        return self.matrix if self.stack is None else (self.stack, *self.matrix)
-
-
-def our_tensors(model: ModelConfig) -> dict[str, OurTensor]:
-    """All tensors of ours, by name."""
-    found: dict[str, OurTensor] = {}
-    for tensor in hf_tensors(model):
-        for place in tensor.places:
-            before = found.get(place.key)
-            rows = max(place.first + place.count, before.matrix[0] if before else 0)
-            stack = None if place.index is None else place.index + 1  # they come in order
-            found[place.key] = OurTensor((rows, *tensor.shape[1:]), stack)
-    return found
-
-
 def sources(model: ModelConfig) -> dict[tuple[str, int | None], list[Source]]:
     """Of each matrix of ours, by name and number in its stack, the rows of theirs that it is made of, in order."""
     found: dict[tuple[str, int | None], list[tuple[int, Source]]] = defaultdict(list)
@@ -177,25 +140,3 @@ def sources(model: ModelConfig) -> dict[tuple[str, int | None], list[Source]]:
             found[place.key, place.index].append((place.first, Source(tensor.name, first, place.count)))
             first += place.count
     return {matrix: [source for _, source in sorted(parts, key=lambda p: p[0])] for matrix, parts in found.items()}
-
-
-def other_name(key: str) -> str | None:
-    """The name that the same norm has where layers are built with Transformer Engine or without, if it is one."""
-    for pair in NORM_NAMES:
-        for name, other in (pair, pair[::-1]):
-            if key.endswith(f".{name}"):
-                return key.removesuffix(name) + other
-    return None
-
-
-def extra_states(model: ModelConfig) -> list[str]:
-    """Names of the empty extra states that megatron-core 0.16.1 keeps for each linear layer but the output layer."""
-    names = []
-    for key, tensor in our_tensors(model).items():
-        module = key.removesuffix(".weight")
-        if module.rpartition(".")[2] in ("linear_q_down_proj", "linear_kv_down_proj") or ".linear_" not in module:
-            continue
-        if key.endswith(".weight"):
-            count = tensor.stack or 1
-            names += [f"{module}._extra_state/shard_{number}_{count}" for number in range(count)]
-    return names

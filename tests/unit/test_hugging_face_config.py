@@ -11,7 +11,8 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.schema import ModelConfig, YarnConfig
 from megatron_moe.hugging_face.config import from_hf_config, to_hf_config
-from megatron_moe.hugging_face.names import extra_states, hf_tensors, other_name, our_tensors, sources
+from megatron_moe.hugging_face.names import hf_tensors, sources
+from megatron_moe.model.names import extra_states, other_name, our_tensors
 from megatron_moe.plan.params import total_params
 
 # deepseek-ai/deepseek-moe-16b-base/config.json, whole.
@@ -165,8 +166,11 @@ def test_every_model_is_exported_or_refused(name: str) -> None:
     assert sum(sizes) == total_params(model)
     # Every row of ours is of one row of theirs.
     ours = our_tensors(model)
+    columns = {tensor.name: tensor.shape[1:] for tensor in tensors}
     for (key, _), group in sources(model).items():
-        assert sum(source.count for source in group) == ours[key].matrix[0], key
+        assert (sum(source.count for source in group), *columns[group[0].name]) == ours[key].matrix, key
+    matrices = {(key, index) for key, t in ours.items() for index in ([None] if t.stack is None else range(t.stack))}
+    assert sources(model).keys() == matrices
 
 
 @pytest.mark.parametrize(("released", "count"), [(RELEASED_16B, 5_466), (RELEASED_V2_LITE, 5_291)])

@@ -67,7 +67,7 @@ class Guard:
     def _too_many(self, reason: str) -> str:
         last, count = self.state.step + 1, self.state.skipped_in_a_row
         return (
-            f"{count} steps in a row were skipped, since step {last - count + 1:,} "
+            f"too many steps were skipped: {count} in a row, since step {last - count + 1:,} "
             f"(train.max_skipped_steps={self.options.max_skipped_steps}); in step {last:,} the {reason}. The last "
             "checkpoint stands, and the same command goes on from it: that is enough after a fault of the hardware. If "
             "it ends at the same step, lower optimizer.lr or optimizer.clip_grad, or look at the data of these steps"

@@ -1,6 +1,7 @@
 """Load, speed and the log."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,18 @@ def test_wandb_key_is_found_in_the_environment_and_in_netrc(tmp_path: Path, monk
     netrc.write_text("machine api.wandb.ai login user password x\n")
     netrc.chmod(0o600)
     assert has_wandb_key()
+
+
+def test_what_is_not_finite_is_null_in_the_log_and_readable_in_the_progress(tmp_path: Path) -> None:
+    bad = metrics(**{"train/lm_loss": math.nan, "train/grad_norm": math.inf})
+    with MetricLogger(compose_config([f"run.dir={tmp_path}"]), first_step=0) as logger:
+        logger.log(1, bad | {"moe/expert_load": [[1.0, -math.inf]]})
+
+    def refuse(literal: str) -> None:
+        raise AssertionError(f"{literal} is no JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (line["train/lm_loss"], line["train/grad_norm"], line["train/lr"]) == (None, None, 2.0)
+    assert line["moe/expert_load"] == [[1.0, None]]
+    assert "lm_loss nan" in progress_line(1, 2, bad)
+    assert "grad norm inf" in progress_line(1, 2, bad)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import DataConfig
 from megatron_moe.data.dataset import BlendedDataset, SequenceDataset
+from megatron_moe.distributed import signals
 
 
 def micro_batches(
@@ -53,6 +54,7 @@ def micro_batches(
         batch_size=None,
         sampler=itertools.count(start, stride),
         num_workers=options.num_workers,
+        worker_init_fn=lambda _: signals.leave_to_parent(),
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # it draws a seed, which is not to come from the run's own numbers
     )

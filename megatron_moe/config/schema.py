@@ -141,6 +141,9 @@ class ParallelConfig:
     `pipeline_layout` lists the layers of each stage in pipeline order, one number per stage and virtual stage; null
     spreads them evenly, the embedding and the head each counting as one layer. `expert_tensor_parallel_size` null: 1
     with expert parallelism, else as `tensor_model_parallel_size`.
+
+    A rank that has waited for others for `timeout_minutes` ends with an error, and so does one that for 1.1 times as
+    long has begun no micro batch and no part of a save or a load, with its stack.
     """
 
     tensor_model_parallel_size: int = 1

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import DataConfig
 from megatron_moe.data.dataset import BlendedDataset, SequenceDataset
+from megatron_moe.distributed import signals
 
 
 def micro_batches(
@@ -53,6 +54,7 @@ def micro_batches(
         batch_size=None,
         sampler=itertools.count(start, stride),
         num_workers=options.num_workers,
+        worker_init_fn=_init_reader,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # it draws a seed, which is not to come from the run's own numbers
     )
@@ -64,6 +66,11 @@ def micro_batches(
         here = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
         here = get_batch_on_this_cp_rank(here, cp_group=pg_collection.cp)
         yield {**here, "sample_ids": torch.arange(first, first + micro_batch_size, device=device)}
+
+
+def _init_reader(_: int) -> None:
+    """In a process that reads ahead; a function with a name can be sent to it."""
+    signals.leave_to_parent()
 
 
 class _MicroBatches(Dataset):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -37,6 +36,7 @@ FINAL = (0, USER_ERROR, TRAINING_ERROR, PREEMPTED, INTERRUPTED)  # exit codes af
 POLL_S = 0.05
 GRACE_S = 3.0  # for the other ranks' own errors, which tell who was first
 ABORT_S = 5.0  # for the stacks of those that hang
+GONE_S = 2.0  # for the kernel to end what was killed
 RESTART_PAUSE_S = 2.0  # for devices and ports to become free
 MOST_IDLE = 3  # attempts in a row without a new checkpoint
 
@@ -251,11 +251,22 @@ def _is_suspended(pid: int) -> bool:
 
 
 def _kill(workers: Sequence[subprocess.Popen]) -> None:
-    """End each worker's process group: the worker and those that read data for it."""
+    """End each worker's process group, the worker and those that read data for it, and wait until none is left."""
     for worker in workers:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)
+        _signal_group(worker.pid, signal.SIGKILL)
         worker.wait()
+    deadline = time.monotonic() + GONE_S
+    while time.monotonic() < deadline and any(_signal_group(worker.pid, 0) for worker in workers):
+        time.sleep(POLL_S)
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Send a signal, 0 for none, to a process group; returns whether there is one."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):  # the latter on macOS, of zombies
+        return False
+    return True
 
 
 def _pause(received: list[int]) -> None:

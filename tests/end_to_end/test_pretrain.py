@@ -142,6 +142,9 @@ def test_wandb_without_a_key_is_offline(tmp_path: Path) -> None:
         ["run.dir=/proc/nothing"],
         ["parallel.expert_model_parallel_size=0"],
         ["--resolve"],
+        ["--auto-restart"],
+        ["--auto-restart", "run.name=a"],
+        ["--auto-restart=-1"],
     ],
 )
 def test_wrong_input_ends_at_once_without_a_traceback(arguments: list[str], tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_all_that_is_wrong_is_listed_at_once(more: list[str], tmp_path: Path) ->
         assert mistake in result.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 1), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 1), (signal.SIGINT, 130)])
 def test_one_worker_killed_or_the_command_interrupted_ends_all(number: int, code: int, tmp_path: Path) -> None:
     mark = f"run.name=killed{number}"
     endless = [*SHORT, "train.train_steps=100000", "evaluation.interval=100000", "parallel=pp2_ep2", mark]
@@ -226,3 +229,11 @@ def test_cfg_prints_the_resolved_configuration(tmp_path: Path) -> None:
     assert composed["parallel"]["pipeline_model_parallel_size"] == 4
     assert composed["optimizer"]["lr"] == 3e-4
     assert composed["run"]["dir"] == "runs/deepseekmoe_16b-pp4"
+
+
+def test_under_a_launcher_it_is_the_launcher_that_restarts(tmp_path: Path) -> None:
+    result = run_cli("pretrain.py", *SHORT, "--auto-restart", "3", cwd=tmp_path, RANK="0", WORLD_SIZE="2")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "error: --auto-restart: this rank was started by a launcher; torchrun has --max-restarts\n"
+    )

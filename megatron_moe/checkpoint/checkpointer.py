@@ -23,7 +23,8 @@ from megatron_moe.checkpoint.compatibility import (
     check_same_run,
     check_same_schedule,
 )
-from megatron_moe.checkpoint.dcp import BACKEND
+from megatron_moe.checkpoint.coverage import layouts_of, problems_of_coverage
+from megatron_moe.checkpoint.dcp import BACKEND, read_index
 from megatron_moe.checkpoint.manifest import rename_for_good, write_manifest
 from megatron_moe.checkpoint.optimizer_state import load_sharded_state, sharded_state
 from megatron_moe.checkpoint.reader import check_whole, damage, load
@@ -159,11 +160,13 @@ class Checkpointer:
             torch.save({}, partial / "common.pt")  # megatron-core's, for what has no shards
             (partial / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
             (partial / "state.json").write_text(json.dumps(pending.description, indent=1), encoding="utf-8")
+            if lost := problems_of_coverage(layouts_of(read_index(partial)), self.config.model):
+                raise SaveError("; ".join(lost))
             write_manifest(partial, {name: entry for part in parts for name, entry in part.files.items()})
             if pending.folder.exists():
                 discard(pending.folder)
             rename_for_good(partial, pending.folder)
-        except OSError as error:
+        except (OSError, ConfigError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise SaveError(f"{pending.folder}: {error}") from error
         with contextlib.suppress(OSError):

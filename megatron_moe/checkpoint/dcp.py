@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_moe.checkpoint.coverage import problems_of_places
 from megatron_moe.config.errors import ConfigError
 
 PIECE_BYTES = 8 * 2**20  # held at a time
@@ -175,20 +176,10 @@ def read_index(folder: Path) -> Metadata:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
         raise ConfigError(f"{path}: no index of a checkpoint of this version: {error}") from None
-    _check_places(folder, index)
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file() and not file.is_symlink()}
+    if problems := problems_of_places(index, sizes):
+        raise ConfigError(*(f"{path}: {problem}" for problem in problems))
     return index
-
-
-def _check_places(folder: Path, index: Metadata) -> None:
-    sizes: dict[str, int] = {}
-    for key, place in index.storage_data.items():
-        name = place.relative_path
-        if name not in sizes:
-            if Path(name).name != name or (folder / name).is_symlink() or not (folder / name).is_file():
-                raise ConfigError(f"{folder / '.metadata'}: has {key.fqn} in {name!r}, which is no file of the folder")
-            sizes[name] = (folder / name).stat().st_size
-        if place.offset < 0 or place.length < 0 or place.offset + place.length > sizes[name]:
-            raise ConfigError(f"{folder / name}: ends before {key.fqn}, which .metadata has at byte {place.offset:,}")
 
 
 class _IndexUnpickler(pickle.Unpickler):

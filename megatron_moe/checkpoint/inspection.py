@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_moe.checkpoint.coverage import (
     FIRST,
@@ -24,7 +23,7 @@ from megatron_moe.checkpoint.coverage import (
     problems_of_places,
     saved_name,
 )
-from megatron_moe.checkpoint.dcp import Rows, SavedTensors, _read_index, pieces
+from megatron_moe.checkpoint.dcp import Rows, SavedTensors, pieces, read_index
 from megatron_moe.checkpoint.manifest import MANIFEST, problems_of, read_manifest
 from megatron_moe.checkpoint.run_folder import read_json, saved_config, saved_steps
 from megatron_moe.config.derived import data_parallel_size
@@ -175,7 +174,7 @@ def tensors_of(checkpoint: Path) -> list[TensorEntry]:
     Raises:
         ConfigError: its index is missing or damaged.
     """
-    index = _index(checkpoint)
+    index = read_index(checkpoint)
     found = []
     for name, layout in sorted(layouts_of(index).items()):
         dtype = index.state_dict_metadata[name].properties.dtype
@@ -195,8 +194,7 @@ def verify(checkpoint: Path) -> list[str]:
         unnamed = [f"{checkpoint / name}: the manifest does not name it" for name in INDEX_FILES if name not in files]
         if unnamed or problems_of(checkpoint, files, INDEX_FILES):
             return [*problems, *unnamed]
-        sizes = {name: file.nbytes for name, file in files.items()}
-        return problems + [f"{checkpoint / '.metadata'}: {line}" for line in _verify_index(checkpoint, sizes)]
+        return problems + [f"{checkpoint / '.metadata'}: {line}" for line in _verify_index(checkpoint)]
     except ConfigError as error:
         return list(error.problems)
 
@@ -226,13 +224,6 @@ def option_differences(before: Any, after: Any, name: str = "") -> list[str]:
     return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
 
 
-def _index(checkpoint: Path) -> Metadata:
-    try:
-        return _read_index(checkpoint / ".metadata")
-    except OSError as error:
-        raise ConfigError(f"{checkpoint / '.metadata'}: {error.strerror}") from None
-
-
 def _config(checkpoint: Path) -> Config:
     try:
         return saved_config(checkpoint)
@@ -240,12 +231,11 @@ def _config(checkpoint: Path) -> Config:
         raise ConfigError(*(f"{checkpoint / 'state.json'}: {problem}" for problem in error.problems)) from None
 
 
-def _verify_index(checkpoint: Path, sizes: Mapping[str, int]) -> list[str]:
-    index = _index(checkpoint)
+def _verify_index(checkpoint: Path) -> list[str]:
+    index = read_index(checkpoint)
     weights_only = bool(read_json(checkpoint / "state.json").get("weights_only"))
     model = _config(checkpoint).model
-    coverage = problems_of_coverage(layouts_of(index), model, with_optimizer=not weights_only)
-    return problems_of_places(index, sizes) + coverage
+    return problems_of_coverage(layouts_of(index), model, with_optimizer=not weights_only)
 
 
 def _number(checkpoint: Path, state: dict[str, Any], name: str) -> int:
@@ -314,7 +304,7 @@ def _readable(checkpoint: Path) -> SavedTensors:
     Raises:
         ConfigError: they do not.
     """
-    index = _index(checkpoint)
+    index = read_index(checkpoint)
     files = [path for path in checkpoint.iterdir() if path.is_file() and not path.is_symlink()]
     sizes = {path.name: path.stat().st_size for path in files}
     if problems := problems_of_places(index, sizes) + problems_of_chunks(layouts_of(index)):

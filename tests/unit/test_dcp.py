@@ -102,7 +102,7 @@ def test_damaged_data_is_refused(tmp_path: Path, damage) -> None:
     save_cut(tmp_path, torch.randn(4, 3), [[], []])
     file = tmp_path / dcp.DATA_FILE
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ConfigError, match=rf"{dcp.DATA_FILE}: (byte 0: not a tensor as torch saves it|ends before x)"):
+    with pytest.raises(ConfigError, match=r"byte 0: not a tensor as torch saves it|x: is said to end at"):
         SavedTensors(tmp_path).read("x", Rows(None, 0, 4))
 
 

@@ -1,6 +1,6 @@
 """Measure, beside what a user would take instead, in one run on this machine.
 
-python tools/benchmark.py data [--json FILE]
+python tools/benchmark.py {data,checkpoint} [--json FILE]
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rich.table import Table
 
 from megatron_moe.config.errors import exit_code_of
 from megatron_moe.distributed.accelerators import quiet
+from tools.benchmarks.checkpoint import save_and_load
 
 Result = dict[str, Any]
 SEQUENCE_LENGTH = 4096
@@ -45,8 +46,13 @@ def main(argv: list[str] | None = None) -> int:
     data.add_argument("--documents", type=float, default=1e7, help="to build an order for (default: 1e7)")
     data.add_argument("--repeat", type=int, default=3, help="the median of so many counts (default: 3)")
     data.add_argument("--steps", type=int, default=60, help="training steps on each kind of data (default: 60)")
-    data.add_argument("--json", type=Path, help="file for all figures")
     data.set_defaults(benchmark=benchmark_data)
+    checkpoint = commands.add_parser("checkpoint", help="saving and loading on one rank, in a new folder here")
+    checkpoint.add_argument("--hidden-size", type=int, default=512, help="of the nano model (default: 512, 2.5 GB)")
+    checkpoint.add_argument("--repeat", type=int, default=5, help="the median of so many counts (default: 5)")
+    checkpoint.set_defaults(benchmark=benchmark_checkpoint)
+    for command in (data, checkpoint):
+        command.add_argument("--json", type=Path, help="file for all figures")
     args = parser.parse_args(argv)
     return exit_code_of(lambda: report(args.benchmark(args), args.json))
 
@@ -77,6 +83,12 @@ def benchmark_data(args: argparse.Namespace) -> list[Result]:
         ]
     finally:
         shutil.rmtree(folder)
+
+
+def benchmark_checkpoint(args: argparse.Namespace) -> list[Result]:
+    """Saving and loading beside `torch.distributed.checkpoint`."""
+    quiet()
+    return in_new_process(save_and_load, args.hidden_size, args.repeat)
 
 
 def in_new_process(function: Callable[..., Any], *args: Any, **environment: str) -> Any:

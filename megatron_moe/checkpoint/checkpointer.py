@@ -31,14 +31,14 @@ from megatron_moe.checkpoint.reader import check_whole, damage, load
 from megatron_moe.checkpoint.run_folder import (
     DAMAGED,
     PARTIAL,
-    discard,
     find_checkpoint,
     plain,
-    prune,
     read_json,
     remove_partial,
+    retire,
     saved_config,
     saved_steps,
+    superfluous,
 )
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.checkpoint.writer import SavePlans, Writer, Written, plan_save
@@ -164,13 +164,18 @@ class Checkpointer:
                 raise SaveError("; ".join(lost))
             write_manifest(partial, {name: entry for part in parts for name, entry in part.files.items()})
             if pending.folder.exists():
-                discard(pending.folder)
+                self._remove(pending.folder)
             rename_for_good(partial, pending.folder)
         except (OSError, ConfigError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise SaveError(f"{pending.folder}: {error}") from error
-        with contextlib.suppress(OSError):
-            prune(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+        with contextlib.suppress(OSError):  # what stays only takes room
+            for old in superfluous(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every):
+                self._remove(old)
+
+    def _remove(self, checkpoint: Path) -> None:
+        """At once none of the run's; its bytes go while the training goes on."""
+        self._thread.submit(shutil.rmtree, retire(checkpoint), ignore_errors=True)
 
     def load_latest(self) -> tuple[TrainState, list[str]]:
         """Load the newest checkpoint, or where there is none the weights of `checkpoint.init_from`.

@@ -26,12 +26,11 @@ def saved_steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
-def discard(folder: Path) -> None:
-    """Remove a checkpoint, which is none from the first moment on."""
-    removed = folder.with_suffix(REMOVED)
+def retire(checkpoint: Path) -> Path:
+    """Make a checkpoint none, at once; returns what is left to be removed."""
+    removed = checkpoint.with_suffix(REMOVED)
     shutil.rmtree(removed, ignore_errors=True)
-    folder.rename(removed)
-    shutil.rmtree(removed, ignore_errors=True)
+    return checkpoint.rename(removed)
 
 
 def remove_partial(folder: Path) -> None:
@@ -40,11 +39,10 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove all checkpoints but the `keep_last` newest and those of every `keep_every` steps."""
-    for checkpoint in saved_steps(folder)[:-keep_last]:
-        if keep_every is None or step_of(checkpoint) % keep_every:
-            discard(checkpoint)
+def superfluous(folder: Path, keep_last: int, keep_every: int | None) -> list[Path]:
+    """All checkpoints but the `keep_last` newest and those of every `keep_every` steps."""
+    older = saved_steps(folder)[:-keep_last]
+    return [checkpoint for checkpoint in older if keep_every is None or step_of(checkpoint) % keep_every]
 
 
 def step_of(checkpoint: Path) -> int:

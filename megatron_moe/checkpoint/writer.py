@@ -10,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -31,7 +32,7 @@ from torch.distributed.checkpoint.filesystem import (
     _StorageWriterTransforms,
     _write_item,
 )
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -43,11 +44,19 @@ FORMAT = SerializationFormat.TORCH_SAVE
 
 @dataclass
 class SavePlans:
-    """What the first save of a run found out, and the others use: tensors change, their names and places do not."""
+    """What the first save of a run found out, and the others use: tensors change, their names and places do not.
+
+    Attributes:
+        central: what this rank writes.
+        local: what it asked to write.
+        metadata: the index, but for the places; on rank 0.
+        staging: host memory that tensors are copied to, so that it is taken once.
+    """
 
     central: SavePlan | None = None
     local: SavePlan | None = None
     metadata: Metadata | None = None
+    staging: dict[MetadataIndex, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ def plan_save(state: ShardedStateDict, folder: Path, plans: SavePlans, *, staged
     known = plans.central is not None
     sharded, _ = save_preprocess(state, not known)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    writer = Writer(folder, staged)
+    writer = Writer(folder, plans.staging if staged else None)
     planned = save_state_dict_async_plan(
         mcore_to_pyt_state_dict(by_key, False),
         writer,
@@ -90,10 +99,10 @@ class Writer(FileSystemWriterAsync):
     Source: megatron-core 0.16.1, strategies/filesystem_async.py, whose format this is.
     """
 
-    def __init__(self, folder: Path, staged: bool) -> None:
+    def __init__(self, folder: Path, staging: dict[MetadataIndex, Tensor] | None) -> None:
         super().__init__(str(folder), thread_count=FILES_A_RANK)
         self._folder = folder
-        self._staged = staged
+        self._staging = staging
         self._contents: dict[str, list[tuple[WriteItem, Any]]] = {}
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -105,7 +114,7 @@ class Writer(FileSystemWriterAsync):
         prefix = plan.storage_data.prefix
         parts = [part for part in _split_by_size_and_type(self.thread_count, plan.items) if part]
         for number, part in enumerate(parts):
-            contents = [(item, self._stage(planner.resolve_data(item))) for item in part]
+            contents = [(item, self._stage(item, planner.resolve_data(item))) for item in part]
             self._contents[f"{prefix}{number}{DEFAULT_SUFFIX}"] = contents
 
     def write(self) -> Written:
@@ -127,10 +136,12 @@ class Writer(FileSystemWriterAsync):
         """Nothing that would differ between two saves of the same."""
         return StorageMeta()
 
-    def _stage(self, data: Any) -> Any:
-        if not self._staged or not isinstance(data, Tensor):
+    def _stage(self, item: WriteItem, data: Any) -> Any:
+        if self._staging is None or not isinstance(data, Tensor):
             return data
-        return data.detach().to("cpu", copy=True)
+        if item.index not in self._staging:
+            self._staging[item.index] = torch.empty_like(data, device="cpu", memory_format=torch.contiguous_format)
+        return self._staging[item.index].copy_(data.detach())
 
     def _write_file(self, name: str) -> tuple[list[WriteResult], FileEntry]:
         with (self._folder / name).open("wb") as file:

@@ -36,6 +36,8 @@ def shortened(command: str, name: str) -> str:
     """Training for two steps on little data; of a sweep two jobs; a small benchmark."""
     if "benchmark.py data" in command:
         return f"{command} --megabytes 1 --documents 1e4 --repeat 1 --steps 1"
+    if "benchmark.py checkpoint" in command:
+        return f"{command} --hidden-size 64 --repeat 1"
     if "pretrain.py" not in command or "--cfg" in command:
         return command
     if "--multirun" in command:

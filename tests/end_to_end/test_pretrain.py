@@ -237,3 +237,20 @@ def test_under_a_launcher_it_is_the_launcher_that_restarts(tmp_path: Path) -> No
     assert result.stderr == (
         "error: --auto-restart: this rank was started by a launcher; torchrun has --max-restarts\n"
     )
+
+
+def test_an_override_arrives_as_it_was_typed_and_nothing_of_it_runs(tmp_path: Path) -> None:
+    awkward = "a;touch canary $(touch canary) `touch canary` \"b\" 'c'\n& | > canary"
+    quoted = awkward.replace("'", "\\'")
+    result = run_cli(
+        "pretrain.py",
+        *SHORT,
+        "parallel=dp2",
+        "run.name=x",
+        "train.train_steps=1",
+        f"data.cache_dir='{quoted}'",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert yaml.safe_load((tmp_path / "runs" / "x" / "config.yaml").read_text())["data"]["cache_dir"] == awkward
+    assert not list(tmp_path.rglob("canary"))

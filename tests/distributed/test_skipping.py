@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
+import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,7 +17,7 @@ import torch
 
 from megatron_moe.config.errors import TrainingError
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training import MLA, tiny_run
+from tests.helpers.training import MLA, tiny_config, tiny_run
 
 LAYOUTS = {"single": 1, "ep2": 2, "pp2_ep2": 4, "tp2": 2}
 MORE_LAYOUTS = {"dp2": 2, "pp2_vpp2": 2, "tp2_ep2": 2, "cp2": 2}
@@ -228,3 +231,52 @@ def test_too_many_in_a_row_end_it_on_every_rank(layout: str) -> None:
     assert all(unchanged)
     assert len(set(texts)) == 1
     assert "3 in a row, since step 2 (train.max_skipped_steps=3); in step 4 the loss is nan" in texts[0]
+
+
+def whole_run(folder: str, broken_steps: list[int]) -> str:
+    """What a training says that meets broken losses."""
+    from megatron_moe.distributed.context import distributed
+    from megatron_moe.train import loop
+
+    def fail(run: Any, batches: list, lr: float, whole: Callable = loop._step) -> Any:
+        with bad_loss(run, float("nan")) if run.state.step + 1 in broken_steps else nullcontext():
+            return whole(run, batches, lr)
+
+    config = tiny_config(*SHORT, f"run.dir={folder}", "train.train_steps=4", "logger.log_interval=1")
+    said = io.StringIO()
+    with distributed(config.parallel) as context, mock.patch.object(loop, "_step", fail), redirect_stdout(said):
+        loop.train(config, context, [])
+    return said.getvalue()
+
+
+def test_the_loop_says_and_logs_what_it_skips(tmp_path: Path) -> None:
+    (said,) = run_ranks(whole_run, 1, str(tmp_path), [2, 3])
+    assert [line for line in said.splitlines() if "skipped" in line] == [
+        "step 2 | skipped: loss is nan (1 in a row)",
+        "step 3 | skipped: loss is nan (2 in a row)",
+    ]
+    assert "step 2/4 | lm_loss nan" in said
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line["train/lm_loss"] is None for line in lines] == [False, True, True, False]
+    assert [line["train/skipped_steps"] for line in lines] == [0, 1, 2, 2]
+
+
+def clean_run(steps: int) -> tuple[int, int]:
+    """On each rank: steps skipped in a clean training with spikes looked for, and the losses in the window."""
+    from megatron_moe.optim.optimizer import set_learning_rate
+    from megatron_moe.optim.scheduler import learning_rate
+    from megatron_moe.train.step import train_step
+
+    small = ["run.dir=without_checkpoints", "model.num_layers=2", "data.sequence_length=16"]
+    guarded = ["train.spike_sigma=6", f"train.train_steps={steps}", "train.micro_batch_size=8"]
+    with tiny_run([*small, *guarded]) as (run, batches, num_micro_batches):
+        for step in range(steps):
+            set_learning_rate(run.optimizer, learning_rate(run.config, step))
+            train_step(run.pipeline, run.optimizer, batches, num_micro_batches, run.guard)
+            run.state.advance(8)
+        return run.state.skipped_steps, len(run.state.recent_losses)
+
+
+@pytest.mark.soak
+def test_a_thousand_clean_steps_skip_nothing() -> None:
+    assert run_ranks(clean_run, 1, 1000) == [(0, 128)]

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,25 +73,25 @@ def bad_gradient(run: Any, value: float, *, reduced: bool = False) -> Iterator[N
 
 @contextmanager
 def bad_expert(run: Any, value: float) -> Iterator[None]:
-    """In this rank's last layer, the expert that the last step's tokens selected most."""
-    from megatron.core.transformer.moe.moe_layer import MoELayer
+    """One weight of whichever expert of this rank's last layer most tokens reach, so that some do."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
 
-    groups = run.context.pg_collection
-    *_, layer = (module for module in run.pipeline.model[-1].modules() if isinstance(module, MoELayer))
-    experts = layer.experts.local_experts
-    load = layer.router.counters.tokens_per_expert.view(groups.ep.size(), -1)[groups.ep.rank()]
-    assert load.max() > 0
-    weight = experts[load.argmax()].linear_fc1.weight.data
-    with poisoned(weight[0, :1], value):
-        yield
+    *_, experts = (module for module in run.pipeline.model[-1].modules() if isinstance(module, SequentialMLP))
+    broken: dict[int, torch.Tensor] = {}
 
+    def break_one(_: Any, arguments: tuple) -> None:
+        index = int(arguments[1].argmax())
+        weight = experts.local_experts[index].linear_fc1.weight.data[0, :1]
+        if arguments[1][index] > 0 and index not in broken:
+            broken[index] = weight.clone()
+            weight.fill_(value)
 
-@contextmanager
-def poisoned(place: torch.Tensor, value: float) -> Iterator[None]:
-    before = place.clone()
-    place.fill_(value)
+    hook = experts.register_forward_pre_hook(break_one)
     yield
-    place.copy_(before)
+    hook.remove()
+    assert broken
+    for index, before in broken.items():
+        experts.local_experts[index].linear_fc1.weight.data[0, :1] = before
 
 
 @contextmanager
@@ -128,14 +128,15 @@ def go_through(overrides: list[str], names: list[str], victim: int | None) -> li
     with tiny_run([*SHORT, *overrides]) as (run, batches, num_micro_batches):
         last = run.context.world_size - 1
 
-        def one_step() -> dict[str, Any]:
+        def one_step(fault: AbstractContextManager) -> dict[str, Any]:
             before = fingerprint(run)
-            result = train_step(run.pipeline, run.optimizer, batches, num_micro_batches, run.guard)
+            with fault:
+                result = train_step(run.pipeline, run.optimizer, batches, num_micro_batches, run.guard)
             run.state.advance(1)
             counts = (run.state.skipped_steps, run.state.skipped_in_a_row, len(run.state.recent_losses))
             return {"skipped": result.skipped, "counts": counts, "before": before, "after": fingerprint(run)}
 
-        steps = [one_step()]
+        steps = [one_step(nullcontext())]
         for name in names:
             for value in VALUES:
                 if victim is None:
@@ -144,15 +145,12 @@ def go_through(overrides: list[str], names: list[str], victim: int | None) -> li
                             next(iterator)
                 else:
                     hit = run.context.rank == (last if name == "loss" else victim)
-                    with (FAULTS | OF_A_COPY)[name](run, float(value)) if hit else nullcontext():
-                        steps.append(one_step())
-                steps.append(one_step())
+                    steps.append(one_step((FAULTS | OF_A_COPY)[name](run, float(value)) if hit else nullcontext()))
+                steps.append(one_step(nullcontext()))
         return steps
 
 
-def check(
-    overrides: list[str], world_size: int, names: list[str], victims: list[int], reason: str | None = None
-) -> None:
+def check(overrides: list[str], world_size: int, names: list[str], victims: list[int]) -> None:
     clean = run_ranks(go_through, world_size, overrides, names, None)
     assert clean[0][0]["before"]["model"] != clean[0][0]["after"]["model"]  # an update shows
     for victim in victims:
@@ -217,11 +215,11 @@ def until_the_end(overrides: list[str]) -> tuple[str, int, bool]:
                 run.state.advance(4)
 
         train(1)
-        with bad_expert(run, float("nan")) if run.context.rank == run.context.world_size - 1 else nullcontext():
-            before = fingerprint(run)
-            with pytest.raises(TrainingError) as error:
-                train(10)
-            return str(error.value), run.state.step, before == fingerprint(run)
+        before = fingerprint(run)
+        is_last = run.context.rank == run.context.world_size - 1
+        with bad_expert(run, float("nan")) if is_last else nullcontext(), pytest.raises(TrainingError) as error:
+            train(10)
+        return str(error.value), run.state.step, before == fingerprint(run)
 
 
 @pytest.mark.parametrize("layout", ["single", "pp2_ep2"])

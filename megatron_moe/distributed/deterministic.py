@@ -25,6 +25,11 @@ def switch_on() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def is_on() -> bool:
+    """Whether PyTorch raises rather than compute other bits another time."""
+    return torch.are_deterministic_algorithms_enabled()
+
+
 def describe() -> str:
     """What `switch_on` has switched."""
     variables = ", ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())

@@ -18,6 +18,9 @@ class Guard:
     deviations above the mean of the last `spike_window` that did. While these are fewer, no loss is a spike. They are
     kept without `spike_sigma` too, so that it can be set when a run goes on.
 
+    The gradient norm tells no spike, its tail is heavy: in 1,000 clean steps of a tiny model 9 norms lie beyond 6 sigma
+    (one beyond 200) and of the nano model 1, but no loss lies beyond 3.1.
+
     Args:
         options: the rules.
         state: of the run; counts skipped steps and holds the losses.

@@ -92,7 +92,7 @@ def start_facts(config: Config, world_size: int, device: torch.device, datasets:
         ),
         *([("compute", _compute_text(config))] if model.attention is Attention.mha else []),
         ("precision", f"{config.precision.dtype.value}; router logits, optimizer state and gradient sums fp32"),
-        *([("kernels", deterministic.describe())] if train.deterministic else []),
+        *([("kernels", deterministic.describe())] if deterministic.is_on() else []),
         (
             "layout",
             f"{world_size} ranks: tensor {parallel.tensor_model_parallel_size}, pipeline "

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
+import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,7 +17,7 @@ import torch
 
 from megatron_moe.config.errors import TrainingError
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training import MLA, tiny_run
+from tests.helpers.training import MLA, tiny_config, tiny_run
 
 LAYOUTS = {"single": 1, "ep2": 2, "pp2_ep2": 4, "tp2": 2}
 MORE_LAYOUTS = {"dp2": 2, "pp2_vpp2": 2, "tp2_ep2": 2, "cp2": 2}
@@ -70,25 +73,25 @@ def bad_gradient(run: Any, value: float, *, reduced: bool = False) -> Iterator[N
 
 @contextmanager
 def bad_expert(run: Any, value: float) -> Iterator[None]:
-    """In this rank's last layer, the expert that the last step's tokens selected most."""
-    from megatron.core.transformer.moe.moe_layer import MoELayer
+    """One weight of whichever expert of this rank's last layer most tokens reach, so that some do."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
 
-    groups = run.context.pg_collection
-    *_, layer = (module for module in run.pipeline.model[-1].modules() if isinstance(module, MoELayer))
-    experts = layer.experts.local_experts
-    load = layer.router.counters.tokens_per_expert.view(groups.ep.size(), -1)[groups.ep.rank()]
-    assert load.max() > 0
-    weight = experts[load.argmax()].linear_fc1.weight.data
-    with poisoned(weight[0, :1], value):
-        yield
+    *_, experts = (module for module in run.pipeline.model[-1].modules() if isinstance(module, SequentialMLP))
+    broken: dict[int, torch.Tensor] = {}
 
+    def break_one(_: Any, arguments: tuple) -> None:
+        index = int(arguments[1].argmax())
+        weight = experts.local_experts[index].linear_fc1.weight.data[0, :1]
+        if arguments[1][index] > 0 and index not in broken:
+            broken[index] = weight.clone()
+            weight.fill_(value)
 
-@contextmanager
-def poisoned(place: torch.Tensor, value: float) -> Iterator[None]:
-    before = place.clone()
-    place.fill_(value)
+    hook = experts.register_forward_pre_hook(break_one)
     yield
-    place.copy_(before)
+    hook.remove()
+    assert broken
+    for index, before in broken.items():
+        experts.local_experts[index].linear_fc1.weight.data[0, :1] = before
 
 
 @contextmanager
@@ -125,14 +128,15 @@ def go_through(overrides: list[str], names: list[str], victim: int | None) -> li
     with tiny_run([*SHORT, *overrides]) as (run, batches, num_micro_batches):
         last = run.context.world_size - 1
 
-        def one_step() -> dict[str, Any]:
+        def one_step(fault: AbstractContextManager) -> dict[str, Any]:
             before = fingerprint(run)
-            result = train_step(run.pipeline, run.optimizer, batches, num_micro_batches, run.guard)
+            with fault:
+                result = train_step(run.pipeline, run.optimizer, batches, num_micro_batches, run.guard)
             run.state.advance(1)
             counts = (run.state.skipped_steps, run.state.skipped_in_a_row, len(run.state.recent_losses))
             return {"skipped": result.skipped, "counts": counts, "before": before, "after": fingerprint(run)}
 
-        steps = [one_step()]
+        steps = [one_step(nullcontext())]
         for name in names:
             for value in VALUES:
                 if victim is None:
@@ -141,15 +145,12 @@ def go_through(overrides: list[str], names: list[str], victim: int | None) -> li
                             next(iterator)
                 else:
                     hit = run.context.rank == (last if name == "loss" else victim)
-                    with (FAULTS | OF_A_COPY)[name](run, float(value)) if hit else nullcontext():
-                        steps.append(one_step())
-                steps.append(one_step())
+                    steps.append(one_step((FAULTS | OF_A_COPY)[name](run, float(value)) if hit else nullcontext()))
+                steps.append(one_step(nullcontext()))
         return steps
 
 
-def check(
-    overrides: list[str], world_size: int, names: list[str], victims: list[int], reason: str | None = None
-) -> None:
+def check(overrides: list[str], world_size: int, names: list[str], victims: list[int]) -> None:
     clean = run_ranks(go_through, world_size, overrides, names, None)
     assert clean[0][0]["before"]["model"] != clean[0][0]["after"]["model"]  # an update shows
     for victim in victims:
@@ -214,11 +215,11 @@ def until_the_end(overrides: list[str]) -> tuple[str, int, bool]:
                 run.state.advance(4)
 
         train(1)
-        with bad_expert(run, float("nan")) if run.context.rank == run.context.world_size - 1 else nullcontext():
-            before = fingerprint(run)
-            with pytest.raises(TrainingError) as error:
-                train(10)
-            return str(error.value), run.state.step, before == fingerprint(run)
+        before = fingerprint(run)
+        is_last = run.context.rank == run.context.world_size - 1
+        with bad_expert(run, float("nan")) if is_last else nullcontext(), pytest.raises(TrainingError) as error:
+            train(10)
+        return str(error.value), run.state.step, before == fingerprint(run)
 
 
 @pytest.mark.parametrize("layout", ["single", "pp2_ep2"])
@@ -228,3 +229,52 @@ def test_too_many_in_a_row_end_it_on_every_rank(layout: str) -> None:
     assert all(unchanged)
     assert len(set(texts)) == 1
     assert "3 in a row, since step 2 (train.max_skipped_steps=3); in step 4 the loss is nan" in texts[0]
+
+
+def whole_run(folder: str, broken_steps: list[int]) -> str:
+    """What a training says that meets broken losses."""
+    from megatron_moe.distributed.context import distributed
+    from megatron_moe.train import loop
+
+    def fail(run: Any, batches: list, lr: float, whole: Callable = loop._step) -> Any:
+        with bad_loss(run, float("nan")) if run.state.step + 1 in broken_steps else nullcontext():
+            return whole(run, batches, lr)
+
+    config = tiny_config(*SHORT, f"run.dir={folder}", "train.train_steps=4", "logger.log_interval=1")
+    said = io.StringIO()
+    with distributed(config.parallel) as context, mock.patch.object(loop, "_step", fail), redirect_stdout(said):
+        loop.train(config, context, [])
+    return said.getvalue()
+
+
+def test_the_loop_says_and_logs_what_it_skips(tmp_path: Path) -> None:
+    (said,) = run_ranks(whole_run, 1, str(tmp_path), [2, 3])
+    assert [line for line in said.splitlines() if "skipped" in line] == [
+        "step 2 | skipped: loss is nan (1 in a row)",
+        "step 3 | skipped: loss is nan (2 in a row)",
+    ]
+    assert "step 2/4 | lm_loss nan" in said
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
+    assert [line["train/lm_loss"] is None for line in lines] == [False, True, True, False]
+    assert [line["train/skipped_steps"] for line in lines] == [0, 1, 2, 2]
+
+
+def clean_run(steps: int) -> tuple[int, int]:
+    """On each rank: steps skipped in a clean training with spikes looked for, and the losses in the window."""
+    from megatron_moe.optim.optimizer import set_learning_rate
+    from megatron_moe.optim.scheduler import learning_rate
+    from megatron_moe.train.step import train_step
+
+    small = ["run.dir=without_checkpoints", "model.num_layers=2", "data.sequence_length=16"]
+    guarded = ["train.spike_sigma=6", f"train.train_steps={steps}", "train.micro_batch_size=8"]
+    with tiny_run([*small, *guarded]) as (run, batches, num_micro_batches):
+        for step in range(steps):
+            set_learning_rate(run.optimizer, learning_rate(run.config, step))
+            train_step(run.pipeline, run.optimizer, batches, num_micro_batches, run.guard)
+            run.state.advance(8)
+        return run.state.skipped_steps, len(run.state.recent_losses)
+
+
+@pytest.mark.soak
+def test_a_thousand_clean_steps_skip_nothing() -> None:
+    assert run_ranks(clean_run, 1, 1000) == [(0, 128)]

@@ -39,6 +39,33 @@ def updates(steps: int) -> tuple[dict, dict, set[bool]]:
         return ours, {name: c.detach() for name, c in copies.items()}, fused
 
 
+def stepwise(whole: bool) -> tuple[list[float], bytes]:
+    """Norms and final parameters over steps that clip and steps that do not, by megatron-core's `step` or our parts."""
+    from megatron_moe.optim.optimizer import clip_and_update, prepare_gradients, set_learning_rate
+
+    with tiny_run(["parallel=tp2_ep2"]) as (run, _, _):
+        parameters = list(run.pipeline.model[0].parameters())
+        torch.manual_seed(run.context.rank)
+        set_learning_rate(run.optimizer, 1e-2)
+        norms = []
+        for step in range(4):
+            for p in parameters:
+                p.main_grad.copy_(torch.randn_like(p) * 10.0 ** (-step))
+            if whole:
+                norms.append(run.optimizer.step()[1])
+            else:
+                norm, finite = prepare_gradients(run.optimizer)
+                assert finite
+                clip_and_update(run.optimizer, norm)
+                norms.append(norm)
+        assert max(norms) > run.config.optimizer.clip_grad > min(norms)
+        return norms, b"".join(p.detach().numpy().tobytes() for p in parameters)
+
+
+def test_the_two_halves_of_a_step_are_megatron_cores_whole_one() -> None:
+    assert run_ranks(stepwise, 2, False) == run_ranks(stepwise, 2, True)
+
+
 def test_equals_plain_adamw_with_decay_on_matrices_only() -> None:
     ((ours, plain, fused),) = run_ranks(updates, 1, 5)
     assert fused == {True}

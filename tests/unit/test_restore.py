@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from megatron_moe.checkpoint.run_folder import plain
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.data.tokenizer import train_tokenizer
 from megatron_moe.train.restore import RestoredRun, read_config
@@ -25,6 +27,14 @@ def test_damaged_configurations_are_named(content: bytes | None, expected: str, 
         (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=expected):
         read_config(tmp_path)
+
+
+def test_what_was_for_training_only_is_left_out(tmp_path: Path) -> None:
+    trained = tiny_config("train.deterministic=true", "parallel=ep2", "run.name=a", world_size=2)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(trained)))
+    config = read_config(tmp_path)
+    assert not config.train.deterministic
+    assert config.parallel.expert_model_parallel_size == 1
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ VENV := .venv
 INSTALLED := $(VENV)/.installed
 RUN := $(VENV)/bin/python pretrain.py
 
-.PHONY: pretrain test lint
+.PHONY: pretrain test soak lint
 .DEFAULT_GOAL := test
 
 # Train a small DeepSeekMoE on the Python standard library's sources with two expert-parallel workers.
@@ -15,6 +15,10 @@ pretrain: $(INSTALLED)
 # pytest arguments: make test ARGS="tests/unit -k layout"
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+
+# The long tests of faults and restarts, of which `make test` runs a tenth a day; ends with a table.
+soak: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m soak --soak=all $(ARGS)
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

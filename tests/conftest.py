@@ -6,3 +6,4 @@ os.environ["WANDB_MODE"] = "offline"
 # What these tests compare is computed on CPUs; tests/gpu gives its ranks the GPUs back.
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+pytest_plugins = ["tests.soak"]

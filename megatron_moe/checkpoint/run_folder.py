@@ -74,7 +74,12 @@ def saved_config(checkpoint: Path) -> Config:
     Raises:
         ConfigError: there is none, or it is of another version.
     """
-    return from_plain(read_json(checkpoint / "state.json").get("config", {}))
+    file = checkpoint / "state.json"
+    saved = read_json(file).get("config", {})
+    try:
+        return from_plain(saved)
+    except ConfigError as error:
+        raise ConfigError(*(f"{file}: {problem}" for problem in error.problems)) from None
 
 
 def plain(config: Config | ModelConfig) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.instantiation import leaves, refuse_instantiation
 from megatron_moe.config.schema import Config
 from megatron_moe.config.validate import validate
 
@@ -26,7 +27,8 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
 
 
 def register_schema() -> None:
-    """Make the typed schema known to Hydra as `schema`."""
+    """Make the typed schema known to Hydra as `schema`, and let it compose values only."""
+    refuse_instantiation()
     ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -52,7 +54,16 @@ def from_plain(saved: dict[str, Any]) -> Config:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from None
+        raise ConfigError(*(_unknown_options(saved) or [_first_line(error)])) from None
+
+
+def _unknown_options(saved: dict[str, Any]) -> list[str]:
+    known = option_names(Config)
+    return [
+        f"{option}={value}: there is no such option"
+        for option, value in leaves(saved)
+        if not any(option == name or option.startswith(f"{name}.") for name in known)
+    ]
 
 
 def compose_config(overrides: Sequence[str]) -> Config:
@@ -73,10 +84,11 @@ def explain(arguments: Sequence[str], cause: Exception) -> ConfigError:
     Each override is tried on top of those that work, config groups first, and the rules between options are checked
     on what is left, so that the user sees all of it at once; `cause` is told if that finds nothing.
     """
-    overrides = get_args_parser().parse_args(list(arguments)).overrides
-    accepted: list[str] = []
+    parsed = get_args_parser().parse_args(list(arguments))
+    folder = parsed.config_dir and Path(parsed.config_dir).resolve()
+    accepted = [f"hydra.searchpath=['file://{folder}']"] if folder else []
     problems = []
-    for override in sorted(overrides, key=lambda o: not _is_group(o)):
+    for override in sorted(parsed.overrides, key=lambda o: not _is_group(o)):
         try:
             _compose([*accepted, override])
             accepted.append(override)

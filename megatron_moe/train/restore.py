@@ -95,7 +95,10 @@ def read_config(folder: Path) -> Config:
         raise ConfigError(f"{file}: no YAML: {error}") from None
     if not isinstance(saved, dict):
         raise ConfigError(f"{file}: holds no options")
-    config = from_plain(saved)
+    try:
+        config = from_plain(saved)
+    except ConfigError as error:
+        raise ConfigError(*(f"{file}: {problem}" for problem in error.problems)) from None
     config.model.num_device_groups = config.model.num_device_groups or config.parallel.expert_model_parallel_size
     config.parallel = ParallelConfig()
     config.train.deterministic = False  # of training only

@@ -65,6 +65,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory):
 
 def killed(folder: Path, layout: str, save: str, victim: int, number: int, **kill: Any) -> None:
     """Train until the kill, and see that at most one interval is lost and what is newest is whole."""
+    if "at" in kill:  # there is as much to prune as in the trial
+        shutil.copytree(folder.with_name("begun"), folder / "checkpoints", dirs_exist_ok=True)
     with pytest.raises(AssertionError, match="ended without a word"):
         train(folder, layout, save, victim, number, **kill)
     begun = [entry["begun"] for entry in diary_of(folder) if "begun" in entry]
@@ -92,6 +94,7 @@ def begin_run(folder: Path, layout: str, save: str, victim: int = 0, number: int
     train(folder, layout, save, more=start, keep=3)
     for name, content in MARKERS.items():
         (folder / "checkpoints" / name).write_bytes(content)
+    shutil.copytree(folder / "checkpoints", folder.with_name("begun"))
     trial = folder.with_name("trial")
     shutil.copytree(folder, trial)
     calls = train(trial, layout, save, victim, number, more=[f"train.exit_step={3 + number + 1}"])[victim]

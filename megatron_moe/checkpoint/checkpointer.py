@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -210,18 +211,20 @@ class Checkpointer:
     def _newest_whole(self) -> tuple[Path | None, list[str]]:
         """The checkpoint to go on from; damaged ones are passed over only where the user allows it."""
         remedy = "checkpoint.on_damage=previous goes on from the checkpoint before"
-        notes: list[str] = []
+        damaged: dict[Path, list[str]] = {}
         for checkpoint in from_main(self._saved):
             problems = damage(checkpoint, self.config.checkpoint.verify)
             if not problems:
-                return checkpoint, notes
+                from_main(lambda: _set_aside(damaged))
+                return checkpoint, [
+                    f"passed over: {'; '.join(lines)}; kept as {path.name}{DAMAGED}" for path, lines in damaged.items()
+                ]
             if self.config.checkpoint.on_damage is OnDamage.stop:
                 raise ConfigError(*problems, f"{checkpoint}: is not used; {remedy}")
-            notes.append(f"passed over: {'; '.join(problems)}; kept as {checkpoint.name}{DAMAGED}")
-            from_main(lambda damaged=checkpoint: _set_aside(damaged))
-        if notes:
+            damaged[checkpoint] = problems
+        if damaged:  # they keep their names, so that no later start begins anew
             none_left = f"run.dir={self.config.run.dir}: no checkpoint is left; start another run with run.name=NEW"
-            raise ConfigError(*notes, none_left)
+            raise ConfigError(*(line for lines in damaged.values() for line in lines), none_left)
         return None, []
 
     def _saved(self) -> list[Path]:
@@ -295,8 +298,9 @@ def _make_anew(partial: Path) -> None:
         raise SaveError(f"{partial}: {error.strerror}") from error
 
 
-def _set_aside(checkpoint: Path) -> None:
-    """Keep a damaged checkpoint under a name that is no checkpoint's."""
-    aside = checkpoint.with_suffix(DAMAGED)
-    shutil.rmtree(aside, ignore_errors=True)
-    checkpoint.rename(aside)
+def _set_aside(checkpoints: Iterable[Path]) -> None:
+    """Keep damaged checkpoints under names that are no checkpoint's."""
+    for checkpoint in checkpoints:
+        aside = checkpoint.with_suffix(DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        checkpoint.rename(aside)

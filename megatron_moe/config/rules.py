@@ -27,7 +27,7 @@ POSITIVE = {
     "train": "train_steps exit_step global_batch_size micro_batch_size max_skipped_steps spike_sigma spike_window",
     "train.batch_ramp": "start increment tokens",
     "evaluation": "interval num_samples",
-    "checkpoint": "save_interval keep_last",
+    "checkpoint": "save_interval keep_last keep_every",
     "logger": "log_interval",
 }
 NOT_NEGATIVE = {

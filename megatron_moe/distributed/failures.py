@@ -16,7 +16,8 @@ PARENT = "MEGATRON_MOE_PARENT_PID"  # set in workers of ours
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun reads it too
 USER_ERROR, TRAINING_ERROR, PREEMPTED, INTERRUPTED = 2, 3, 75, 130  # exit codes, see pretrain.py
 EXPLAINED = (USER_ERROR, TRAINING_ERROR)  # those whose message says it all
-FRAMES = 12  # of a stack are shown
+FRAMES = 20  # of a stack are shown
+CALLS_OF_MODULES = "torch/nn/modules/module.py"  # every second frame, which says nothing
 TIMEOUT = "Timeout ("  # begins what faulthandler writes for the watchdog
 
 
@@ -118,7 +119,8 @@ def read_stack(folder: Path, rank: int) -> tuple[str, str]:
     file = Path(files(folder, rank)[STACK_FILE])
     content = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
     cause, *threads = re.split(r"^(?:Current thread|Thread) 0x.*\n", content, flags=re.MULTILINE)
-    frames = [line for line in threads[-1].splitlines() if line.startswith("  File ")] if threads else []
+    lines = threads[-1].splitlines() if threads else []
+    frames = [line for line in lines if line.startswith("  File ") and CALLS_OF_MODULES not in line]
     more = [f"  ... {len(frames) - FRAMES} more"] if len(frames) > FRAMES else []
     return cause.strip(), "\n".join([*frames[:FRAMES], *more])
 

@@ -150,7 +150,6 @@ def test_a_suspended_rank_is_found_and_nothing_is_left(tmp_path: Path) -> None:
     assert code == 1
     assert "rank 0 ended with exit code 1; all ranks were ended" in errors
     assert "rank 1 did not end (it was suspended); it was in:\n  File" in errors
-    assert "in train_step" in errors.partition("it was in:")[2]
 
 
 @pytest.mark.parametrize("layout", ["parallel=single", "parallel=ep2"])

@@ -188,7 +188,7 @@ def test_what_is_not_finite_is_found_by_all_and_leaves_nothing(layout: str, dtyp
     check([f"parallel={layout}", f"precision={dtype}"], world_size, list(FAULTS), [world_size - 1])
 
 
-@pytest.mark.soak
+@pytest.mark.soak("steps that are not finite, and spikes")
 @pytest.mark.parametrize("attention", ["mha", "mla"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("layout", [*LAYOUTS, *MORE_LAYOUTS])
@@ -275,6 +275,6 @@ def clean_run(steps: int) -> tuple[int, int]:
         return run.state.skipped_steps, len(run.state.recent_losses)
 
 
-@pytest.mark.soak
+@pytest.mark.soak("steps that are not finite, and spikes")
 def test_a_thousand_clean_steps_skip_nothing() -> None:
     assert run_ranks(clean_run, 1, 1000) == [(0, 128)]

@@ -88,6 +88,7 @@ def newest_step(run: Path) -> int:
     return max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.soak("asked to stop")
 @pytest.mark.parametrize("readers", [0, 1])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bitwise(readers: int, tmp_path: Path) -> None:
     """Asked while it starts, then at the command, then at one rank; with a reader's process, all of them at once."""
@@ -152,6 +153,7 @@ def test_a_suspended_rank_is_found_and_nothing_is_left(tmp_path: Path) -> None:
     assert "rank 1 did not end (it was suspended); it was in:\n  File" in errors
 
 
+@pytest.mark.soak("SIGKILL of random ranks, restarted automatically")
 @pytest.mark.parametrize("layout", ["parallel=single", "parallel=ep2"])
 def test_a_killed_run_is_started_again_and_goes_on_bitwise(layout: str, tmp_path: Path) -> None:
     whole = run_cli("pretrain.py", *RUN, layout, "run.name=whole", cwd=tmp_path)

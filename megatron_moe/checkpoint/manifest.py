@@ -67,6 +67,8 @@ def read_manifest(folder: Path) -> Files:
         ConfigError: there is no manifest, or one that was not written so.
     """
     path = folder / MANIFEST
+    if path.is_symlink():
+        raise ConfigError(f"{path}: is a link")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)

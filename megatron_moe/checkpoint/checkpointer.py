@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Iterable
@@ -158,7 +159,7 @@ class Checkpointer:
             if failures := [part for part in parts if isinstance(part, str)]:
                 raise SaveError("; ".join(failures))
             pending.writer.finish(self._plans.metadata, [part.results for part in parts])
-            torch.save({}, partial / "common.pt")  # megatron-core's, for what has no shards
+            (partial / "common.pt").write_bytes(_nothing_common())
             (partial / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
             (partial / "state.json").write_text(json.dumps(pending.description, indent=1), encoding="utf-8")
             if lost := problems_of_coverage(layouts_of(read_index(partial)), self.config.model):
@@ -283,6 +284,13 @@ def _ranks_with_broken_weights(model: list[DistributedDataParallel]) -> list[int
     flags[dist.get_rank()] = not torch.isfinite(norm)
     dist.all_reduce(flags)
     return flags.nonzero().flatten().tolist()
+
+
+def _nothing_common() -> bytes:
+    """megatron-core's file for what has no shards. torch, given a path, raises no OSError where the disk is full."""
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    return buffer.getvalue()
 
 
 def _make_anew(partial: Path) -> None:

@@ -199,8 +199,8 @@ class Checkpointer:
         check_same_run(saved, self.config)
         check_same_schedule(saved, self.config)
         check_same_data(description.get("data", {}), self.fingerprints, checkpoint)
-        state = TrainState(**{field.name: description[field.name] for field in dataclasses.fields(TrainState)})
-        self._load(checkpoint, state, with_rng=description["world_size"] == dist.get_world_size())
+        state = TrainState.read(description, checkpoint / "state.json")
+        self._load(checkpoint, state, with_rng=description.get("world_size") == dist.get_world_size())
         changes = [f"changed since the checkpoint: {change}" for change in changed_options(saved, self.config)]
         return state, notes + changes
 

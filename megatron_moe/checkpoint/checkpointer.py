@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Iterable
@@ -158,7 +159,7 @@ class Checkpointer:
             if failures := [part for part in parts if isinstance(part, str)]:
                 raise SaveError("; ".join(failures))
             pending.writer.finish(self._plans.metadata, [part.results for part in parts])
-            torch.save({}, partial / "common.pt")  # megatron-core's, for what has no shards
+            (partial / "common.pt").write_bytes(_nothing_common())
             (partial / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
             (partial / "state.json").write_text(json.dumps(pending.description, indent=1), encoding="utf-8")
             if lost := problems_of_coverage(layouts_of(read_index(partial)), self.config.model):
@@ -203,8 +204,8 @@ class Checkpointer:
         check_same_run(saved, self.config)
         check_same_schedule(saved, self.config)
         check_same_data(description.get("data", {}), self.fingerprints, checkpoint)
-        state = TrainState(**{field.name: description[field.name] for field in dataclasses.fields(TrainState)})
-        self._load(checkpoint, state, with_rng=description["world_size"] == dist.get_world_size())
+        state = TrainState.read(description, checkpoint / "state.json")
+        self._load(checkpoint, state, with_rng=description.get("world_size") == dist.get_world_size())
         changes = [f"changed since the checkpoint: {change}" for change in changed_options(saved, self.config)]
         return state, notes + changes
 
@@ -288,6 +289,13 @@ def _ranks_with_broken_weights(model: list[DistributedDataParallel]) -> list[int
     flags[dist.get_rank()] = not torch.isfinite(norm)
     dist.all_reduce(flags)
     return flags.nonzero().flatten().tolist()
+
+
+def _nothing_common() -> bytes:
+    """megatron-core's file for what has no shards. torch, given a path, raises no OSError where the disk is full."""
+    buffer = io.BytesIO()
+    torch.save({}, buffer)
+    return buffer.getvalue()
 
 
 def _make_anew(partial: Path) -> None:

@@ -65,6 +65,18 @@ INDEX_CLASSES = {
         "WriteItemType",
     },
 }
+# What comes of bytes that are no pickle, or whose classes were given other values than their own.
+UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    AttributeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+)
 Window = tuple[slice, ...]
 
 
@@ -174,8 +186,8 @@ def read_index(folder: Path) -> Metadata:
             raise pickle.UnpicklingError(f"holds {type(index).__name__}")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, KeyError, IndexError) as error:
-        raise ConfigError(f"{path}: no index of a checkpoint of this version: {error}") from None
+    except UNREADABLE as error:
+        raise ConfigError(f"{path}: no index of a checkpoint of this version: {str(error)[:200]}") from None
     sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file() and not file.is_symlink()}
     if problems := problems_of_places(index, sizes):
         raise ConfigError(*(f"{path}: {problem}" for problem in problems))

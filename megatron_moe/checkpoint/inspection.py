@@ -24,7 +24,7 @@ from megatron_moe.checkpoint.coverage import (
     saved_name,
 )
 from megatron_moe.checkpoint.dcp import Rows, SavedTensors, pieces, read_index
-from megatron_moe.checkpoint.manifest import MANIFEST, problems_of, read_manifest
+from megatron_moe.checkpoint.manifest import ALWAYS_READ, MANIFEST, problems_of, read_manifest, unnamed
 from megatron_moe.checkpoint.run_folder import read_json, saved_config, saved_steps
 from megatron_moe.config.derived import data_parallel_size
 from megatron_moe.config.errors import ConfigError
@@ -40,7 +40,6 @@ MEANINGS = {
 }
 WEIGHTS, OTHER = "model weights", "other"
 OPTIMIZER_KINDS = {MAIN: "main parameters", FIRST: "first moments", SECOND: "second moments"}
-INDEX_FILES = (".metadata", "state.json")
 
 
 @dataclass(frozen=True)
@@ -191,9 +190,9 @@ def verify(checkpoint: Path) -> list[str]:
     try:
         files = read_manifest(checkpoint)
         problems = problems_of(checkpoint, files)
-        unnamed = [f"{checkpoint / name}: the manifest does not name it" for name in INDEX_FILES if name not in files]
-        if unnamed or problems_of(checkpoint, files, INDEX_FILES):
-            return [*problems, *unnamed]
+        missing = unnamed(checkpoint, files)
+        if missing or problems_of(checkpoint, files, ALWAYS_READ):
+            return problems + missing
         return problems + [f"{checkpoint / '.metadata'}: {line}" for line in _verify_index(checkpoint)]
     except ConfigError as error:
         return list(error.problems)

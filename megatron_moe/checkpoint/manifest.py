@@ -18,6 +18,7 @@ from megatron_moe.config.errors import ConfigError
 MANIFEST = "manifest.json"
 SMALL_BYTES = 64 * 2**20  # larger files are only measured where contents are not asked for
 THREADS = 4
+ALWAYS_READ = (".metadata", "state.json")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def read_manifest(folder: Path) -> Files:
         ConfigError: there is no manifest, or one that was not written so.
     """
     path = folder / MANIFEST
+    if path.is_symlink():
+        raise ConfigError(f"{path}: is a link")
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
@@ -99,13 +102,19 @@ def problems_of(folder: Path, files: Files, names: Iterable[str] | None = None, 
         return [problem for problem in checked if problem is not None]
 
 
+def unnamed(folder: Path, files: Files) -> list[str]:
+    """What is read of any checkpoint and not named by the manifest, so that nothing vouches for it; a line each."""
+    return [f"{folder / name}: the manifest does not name it" for name in ALWAYS_READ if name not in files]
+
+
 def check_whole(folder: Path) -> None:
     """Refuse a damaged checkpoint.
 
     Raises:
         ConfigError: with a line for each file that differs from the manifest.
     """
-    if problems := problems_of(folder, read_manifest(folder)):
+    files = read_manifest(folder)
+    if problems := problems_of(folder, files) + unnamed(folder, files):
         raise ConfigError(*problems)
 
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from megatron_moe.checkpoint.dcp import read_index
-from megatron_moe.checkpoint.manifest import problems_of, read_manifest, shares
+from megatron_moe.checkpoint.manifest import problems_of, read_manifest, shares, unnamed
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Verify
 
@@ -42,7 +42,7 @@ def damage(folder: Path, verify: Verify) -> list[str]:
     try:
         files = read_manifest(folder)
         mine = shares(files, _world_size())[_rank()]
-        found = problems_of(folder, files, mine, contents=verify is Verify.full)
+        found = problems_of(folder, files, mine, contents=verify is Verify.full) + unnamed(folder, files)
     except ConfigError as error:
         found = list(error.problems)
     return sorted(set().union(*_from_all(found)))

@@ -21,29 +21,32 @@ CHANGES = {"os.mkdir": "mkdir", "os.rename": "rename", "os.remove": "remove", "o
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Killer:
     """Counts the calls by which this process changes files while it is armed, and kills it at one of them.
 
-    Those that Python makes are told by its audit events. Those that have none are wrapped: `fsync`, writes of shards and
-    of texts (half of a text is then on disk), and `torch.save` to a path, which C++ writes.
+    Those that Python makes are told by its audit events. Those that have none are wrapped: `fsync`, and writes of shards
+    and of texts, of which half is on disk then.
     """
 
-    def __init__(self, at: int | None) -> None:
+    def __init__(self, at: int | None, act: Callable[[], None] = kill) -> None:
+        """`act`: what to do instead of killing it."""
         self.at = at
+        self.act = act
         self.armed = False
         self.calls: list[str] = []
         self._lock = threading.Lock()
 
     def install(self) -> None:
         """For good: audit hooks stay."""
-        import torch
-
         from megatron_moe.checkpoint.writer import _DigestingStream
 
         sys.addaudithook(self._audit)
         self._wrap(os, "fsync", "fsync")
         self._wrap(_DigestingStream, "write", "write")
-        self._wrap(torch, "save", "torch.save", when=lambda value, target: isinstance(target, os.PathLike))
         Path.write_text = lambda path, text, **options: self._write_text(path, text, **options)
 
     def call(self, name: str) -> None:
@@ -52,18 +55,17 @@ class Killer:
             if self.armed:
                 self.calls.append(name)
                 if len(self.calls) == self.at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    self.act()
 
     def _audit(self, event: str, arguments: tuple) -> None:
         if self.armed and (event in CHANGES or (event == "open" and _is_for_writing(*arguments))):
             self.call(CHANGES.get(event, event))
 
-    def _wrap(self, owner: Any, name: str, label: str, when: Callable[..., bool] = lambda *_: True) -> None:
+    def _wrap(self, owner: Any, name: str, label: str) -> None:
         function = getattr(owner, name)
 
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if when(*args):
-                self.call(label)
+            self.call(label)
             return function(*args, **kwargs)
 
         setattr(owner, name, wrapper)

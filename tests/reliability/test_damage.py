@@ -195,10 +195,19 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("fail", [True, False])
-@pytest.mark.parametrize("name", ["state.json", "__0_1.distcp", MANIFEST])
+@pytest.mark.parametrize(("name", "fail"), [("__0_1.distcp", False)])
 def test_the_run_goes_on_from_the_checkpoint_before(name, fail, saved, tmp_path: Path) -> None:
-    layout, folder = saved
+    check_fallback(*saved, tmp_path, name, fail)
+
+
+@pytest.mark.soak("damage of checkpoints")
+@pytest.mark.parametrize(("name", "fail"), [("state.json", True), (MANIFEST, False), (".metadata", True)])
+def test_the_run_goes_on_from_other_damage(name, fail, saved, tmp_path: Path, record_property) -> None:
+    check_fallback(*saved, tmp_path, name, fail)
+    record_property("damages", 1)
+
+
+def check_fallback(layout: str, folder: Path, tmp_path: Path, name: str, fail: bool) -> None:
     replace_folder(folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000002")
     expected = run_ranks(load, RANKS[layout], layout, str(tmp_path / "run"))

@@ -102,7 +102,7 @@ def begin_run(folder: Path, layout: str, save: str, victim: int = 0, number: int
     return calls
 
 
-KINDS = {"mkdir", "open", "write", "write_text", "fsync", "torch.save", "rename", "remove", "rmdir"}
+KINDS = {"mkdir", "open", "write", "write_text", "fsync", "rename", "remove", "rmdir"}
 WAYS = [("single", 0), ("ep2", 0), ("ep2", 1)]  # layout, rank that is killed
 PARTS = 9  # of all calls of a save
 

@@ -28,7 +28,7 @@ from megatron_moe.checkpoint.compatibility import (
 from megatron_moe.checkpoint.coverage import layouts_of, problems_of_coverage
 from megatron_moe.checkpoint.dcp import BACKEND, read_index
 from megatron_moe.checkpoint.manifest import rename_for_good, write_manifest
-from megatron_moe.checkpoint.optimizer_state import load_sharded_state, sharded_state
+from megatron_moe.checkpoint.optimizer_state import is_split, load_sharded_state, sharded_state
 from megatron_moe.checkpoint.reader import check_whole, damage, load
 from megatron_moe.checkpoint.run_folder import (
     DAMAGED,
@@ -47,6 +47,7 @@ from megatron_moe.checkpoint.writer import SavePlans, Writer, Written, plan_save
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Config, ModelConfig, OnDamage
 from megatron_moe.distributed.context import from_main
+from megatron_moe.optim.optimizer import set_num_updates
 
 
 class SaveError(OSError):
@@ -118,7 +119,7 @@ class Checkpointer:
         return self.finish()
 
     def begin(self, state: TrainState, *, background: bool = True) -> None:
-        """Begin to save; `finish` comes next. In the background: training may go on meanwhile.
+        """Begin to save; `finish` comes later. In the background: `wait_until_copied` comes before the next update.
 
         Raises:
             SaveError: the folder cannot be made, or the weights of a rank are not finite.
@@ -136,6 +137,11 @@ class Checkpointer:
             "config": plain(self.config),
         }
         self._pending = PendingSave(folder, description, writer, self._thread.submit(writer.write))
+
+    def wait_until_copied(self) -> None:
+        """Return once nothing of the save under way is read from the model and the optimizer any more."""
+        if self._pending is not None:
+            self._pending.writer.is_copied.wait()
 
     def finish(self) -> Path:
         """Wait until all ranks have written, and give the checkpoint its name.
@@ -234,13 +240,17 @@ class Checkpointer:
         return saved_steps(self.folder)[::-1]
 
     def _load(self, checkpoint: Path, state: TrainState, *, with_rng: bool) -> None:
-        loaded = load(self.sharded_state_dict(is_loading=True, with_rng=with_rng), checkpoint)
-        for name, chunk in _named_chunks(self.model):
-            chunk.load_state_dict(loaded[name])
-        for part, tensors in zip(self._optimizer_parts(), loaded["optimizer"], strict=True):
-            load_sharded_state(part, tensors, state.step - state.skipped_steps)
-        if with_rng:
-            torch.set_rng_state(loaded["rng"].view(-1))
+        request = self.sharded_state_dict(is_loading=True, with_rng=with_rng)
+        rng = request["rng"].data if with_rng else None
+        whole = load(request, checkpoint)
+        parts = self._optimizer_parts()
+        if any(is_split(part) for part in parts):
+            for part, tensors in zip(parts, whole()["optimizer"], strict=True):
+                load_sharded_state(part, tensors)
+        for part in parts:
+            set_num_updates(part, state.step - state.skipped_steps)
+        if rng is not None:
+            torch.set_rng_state(rng.view(-1))
 
     def sharded_state_dict(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
         """This rank's tensors with their names and places in the whole model."""
@@ -269,9 +279,7 @@ def load_weights(model: list[torch.nn.Module], checkpoint: Path, expected: Model
     """
     check_whole(checkpoint)
     check_same_model(saved_config(checkpoint).model, expected, checkpoint)
-    loaded = load({name: chunk.sharded_state_dict() for name, chunk in _named_chunks(model)}, checkpoint)
-    for name, chunk in _named_chunks(model):
-        chunk.load_state_dict(loaded[name])
+    load({name: chunk.sharded_state_dict() for name, chunk in _named_chunks(model)}, checkpoint)
 
 
 def _named_chunks(model: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,18 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import (
+    _create_chunk_list,
+    _create_read_item_for_tensor,
+    _create_read_items,
+)
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+from torch.futures import Future
 
 from megatron_moe.checkpoint.dcp import read_index
-from megatron_moe.checkpoint.manifest import problems_of, read_manifest, shares, unnamed
+from megatron_moe.checkpoint.manifest import THREADS, problems_of, read_manifest, shares, unnamed
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Verify
 
@@ -58,8 +67,11 @@ def check_whole(folder: Path, verify: Verify = Verify.full) -> None:
         raise ConfigError(*problems)
 
 
-def load(request: ShardedStateDict, folder: Path) -> StateDict:
-    """Fill this rank's tensors from a checkpoint of any layout; on all ranks. `check_whole` comes before.
+def load(request: ShardedStateDict, folder: Path) -> Callable[[], StateDict]:
+    """Fill this rank's tensors from a checkpoint of any layout, in place; on all ranks. `check_whole` comes before.
+
+    Returns:
+        What makes the state dict of whole tensors that `request` is made of, for those who do not hold the parts.
 
     Source: megatron-core 0.16.1, dist_checkpointing/serialization.py and strategies/torch.py, `load`, which read
     `.metadata`, `common.pt` and objects with pickle.
@@ -74,14 +86,19 @@ def load(request: ShardedStateDict, folder: Path) -> StateDict:
     to_validate = [t for t in nested_values(sharded) if isinstance(t, ShardedTensor) and not t.allow_shape_mismatch]
     planner = _Planner(shapes_validation_sharded_tensors=to_validate)
     try:
-        _load_state_dict(tensors, _Reader(folder), planner=planner, no_dist=_world_size() == 1)
+        with torch.serialization.safe_globals([io.BytesIO]):
+            _load_state_dict(tensors, _Reader(folder), planner=planner, no_dist=_world_size() == 1)
     except (CheckpointException, CheckpointingException, KeyError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{folder}: {_first_cause(error)}") from error
-    values = {key: _unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
-    values = _replace_sharded_keys_with_state_dict_keys(values, flat, renamed)
-    _restore_dict_types(values, sharded)
-    merge(loaded, values)
-    return apply_factory_merges(loaded, factories)
+
+    def whole() -> StateDict:
+        values = {key: _unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
+        values = _replace_sharded_keys_with_state_dict_keys(values, flat, renamed)
+        _restore_dict_types(values, sharded)
+        merge(loaded, values)
+        return apply_factory_merges(loaded, factories)
+
+    return whole
 
 
 class _Reader(FileSystemReader):
@@ -95,6 +112,18 @@ class _Reader(FileSystemReader):
         """The index, of the whole checkpoint only: torch would go on with one of this rank's."""
         return read_index(self._folder)
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Several files at a time, each as torch does."""
+        by_file: dict[str, list[ReadItem]] = {}
+        for item in plan.items:
+            by_file.setdefault(self.storage_data[item.storage_index].relative_path, []).append(item)
+        plans = [dataclasses.replace(plan, items=items) for items in by_file.values()]
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda part: super(_Reader, self).read_data(part, planner), plans))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
 
 class _Planner(MCoreLoadPlanner):
     """megatron-core's planner, with objects that can run no code."""
@@ -102,10 +131,28 @@ class _Planner(MCoreLoadPlanner):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(flatten_state_dict=False, **kwargs)
 
+    def create_local_plan(self) -> LoadPlan:
+        """What to read; without torch's search for overlaps where the layout is the one that saved."""
+        self._validate_global_shapes(self.metadata, self.shapes_validation_sharded_tensors)
+        return LoadPlan([read for name, value in self.state_dict.items() for read in self._reads(name, value)])
+
+    def _reads(self, name: str, value: Any) -> list[ReadItem]:
+        entry = self.metadata.state_dict_metadata[name]
+        if isinstance(entry, TensorStorageMetadata):
+            saved = {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks}
+            wanted = _create_chunk_list(value)
+            if all((tuple(chunk.offsets), tuple(chunk.sizes)) in saved for chunk in wanted):
+                return [_read_of_all(MetadataIndex(name, chunk.offsets), chunk.sizes) for chunk in wanted]
+        return _create_read_items(name, entry, value)
+
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """An object of a module: nothing but plain values and tensors."""
-        with torch.serialization.safe_globals([io.BytesIO]):
-            self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+        self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def _read_of_all(chunk: MetadataIndex, sizes: torch.Size) -> ReadItem:
+    start = (0,) * len(sizes)
+    return _create_read_item_for_tensor(chunk, start, chunk, start, sizes)
 
 
 def _first_cause(error: BaseException) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,7 @@ def plan_save(state: ShardedStateDict, folder: Path, plans: SavePlans, *, staged
         state: this rank's tensors with their places in the whole model.
         folder: that the files go to.
         plans: of this run; filled by its first save, which also checks that all of each tensor is saved once.
-        staged: copy what the next step changes, so that it can be written meanwhile.
+        staged: copy everything before it is written, so that training can go on meanwhile.
     """
     known = plans.central is not None
     sharded, _ = save_preprocess(state, not known)
@@ -104,6 +105,7 @@ class Writer(FileSystemWriterAsync):
         self._folder = folder
         self._staging = staging
         self._contents: dict[str, list[tuple[WriteItem, Any]]] = {}
+        self.is_copied = threading.Event()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """As it is: rank 0 makes the folder, and says so where it cannot."""
@@ -114,15 +116,19 @@ class Writer(FileSystemWriterAsync):
         prefix = plan.storage_data.prefix
         parts = [part for part in _split_by_size_and_type(self.thread_count, plan.items) if part]
         for number, part in enumerate(parts):
-            contents = [(item, self._stage(item, planner.resolve_data(item))) for item in part]
+            contents = [(item, planner.resolve_data(item)) for item in part]
             self._contents[f"{prefix}{number}{DEFAULT_SUFFIX}"] = contents
 
     def write(self) -> Written:
-        """Write this rank's files, until they are on disk.
+        """Copy what must be, then write this rank's files, until they are on disk.
 
         Raises:
             OSError: the disk is full, say.
         """
+        try:
+            self._stage()
+        finally:
+            self.is_copied.set()
         with ThreadPoolExecutor(FILES_A_RANK) as pool:
             parts = list(pool.map(self._write_file, self._contents))
         names = list(self._contents)
@@ -136,8 +142,13 @@ class Writer(FileSystemWriterAsync):
         """Nothing that would differ between two saves of the same."""
         return StorageMeta()
 
-    def _stage(self, item: WriteItem, data: Any) -> Any:
-        if self._staging is None or not isinstance(data, Tensor):
+    def _stage(self) -> None:
+        if self._staging is not None:
+            for name, contents in self._contents.items():
+                self._contents[name] = [(item, self._copy(item, data)) for item, data in contents]
+
+    def _copy(self, item: WriteItem, data: Any) -> Any:
+        if not isinstance(data, Tensor):
             return data
         if item.index not in self._staging:
             self._staging[item.index] = torch.empty_like(data, device="cpu", memory_format=torch.contiguous_format)

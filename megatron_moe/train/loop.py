@@ -175,11 +175,17 @@ def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
             count,
             run.guard,
             stop_requested=signals.stop_requested,
-            writer_done=lambda: run.checkpointer.is_written,
+            writer_done=lambda: _is_written(run),
         )
     except TrainingError:  # on all ranks; what was begun to be saved is good
         run.saving.finish()
         raise
+
+
+def _is_written(run: Run) -> bool:
+    """Before an update: whether the save in the background is done, once it needs the old values no more."""
+    run.checkpointer.wait_until_copied()
+    return run.checkpointer.is_written
 
 
 def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: Throughput) -> Metrics:

@@ -23,7 +23,7 @@ def save_and_load(hidden_size: int, repeat: int) -> list[dict[str, Any]]:
     from megatron_moe.config.load import compose_config
     from megatron_moe.config.validate import validate
     from megatron_moe.distributed.context import distributed
-    from megatron_moe.train.loop import set_up
+    from megatron_moe.train.loop import next_batches, set_up
 
     folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=Path.cwd()))
     sizes = [f"model.hidden_size={hidden_size}", f"model.ffn_hidden_size={4 * hidden_size}"]
@@ -32,21 +32,23 @@ def save_and_load(hidden_size: int, repeat: int) -> list[dict[str, Any]]:
     try:
         with distributed(config.parallel) as context:
             run = set_up(config, context)
+            batches = next_batches(run)
             seconds: Seconds = {}
             for _ in range(repeat + 1):
-                nbytes = measure(run, folder / "bare", seconds)
+                nbytes = measure(run, batches, folder / "bare", seconds)
         return report({name: statistics.median(values[1:]) for name, values in seconds.items()}, nbytes)
     finally:
         shutil.rmtree(folder)
 
 
-def measure(run: Any, bare: Path, seconds: Seconds) -> int:
+def measure(run: Any, batches: list[Any], bare: Path, seconds: Seconds) -> int:
     """One round; returns the bytes of the state."""
     import torch
     import torch.distributed.checkpoint as dcp
 
     from megatron_moe.checkpoint.reader import check_whole
     from megatron_moe.model.build import sharded_tensors
+    from megatron_moe.train.step import train_step
 
     shards = sharded_tensors(run.checkpointer.sharded_state_dict(is_loading=False))
     tensors = {f"{shard.key}{shard.global_offset}": shard.data.detach() for shard in shards}
@@ -56,6 +58,8 @@ def measure(run: Any, bare: Path, seconds: Seconds) -> int:
     run.state.advance(1)
     with added(seconds, "blocked") as waited:
         waited(lambda: run.checkpointer.begin(run.state))
+        before_the_update = {"writer_done": lambda: waited(run.checkpointer.wait_until_copied)}
+        train_step(run.pipeline, run.optimizer, batches, 1, **before_the_update)
         run.checkpointer._pending.written.result()
         folder = waited(run.checkpointer.finish)
     empty = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}

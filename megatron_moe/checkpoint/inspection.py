@@ -187,15 +187,15 @@ def tensors_of(checkpoint: Path) -> list[TensorEntry]:
 
 def verify(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, a line each: its files, its index, and what the index lacks of the model."""
+    problems: list[str] = []
     try:
         files = read_manifest(checkpoint)
-        problems = problems_of(checkpoint, files)
-        missing = unnamed(checkpoint, files)
-        if missing or problems_of(checkpoint, files, ALWAYS_READ):
-            return problems + missing
+        problems = problems_of(checkpoint, files) + unnamed(checkpoint, files)
+        if any(name not in files for name in ALWAYS_READ) or problems_of(checkpoint, files, ALWAYS_READ):
+            return problems
         return problems + [f"{checkpoint / '.metadata'}: {line}" for line in _verify_index(checkpoint)]
     except ConfigError as error:
-        return list(error.problems)
+        return problems or list(error.problems)  # an index of files that are damaged does not fit them
 
 
 def compare(before: Path, after: Path, *, values: bool = False) -> Differences:

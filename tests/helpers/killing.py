@@ -28,8 +28,8 @@ def kill() -> None:
 class Killer:
     """Counts the calls by which this process changes files while it is armed, and kills it at one of them.
 
-    Those that Python makes are told by its audit events. Those that have none are wrapped: `fsync`, and writes of shards
-    and of texts, of which half is on disk then.
+    Those that Python makes are told by its audit events. Those that have none are wrapped: `fsync`, and the writes of
+    shards and of texts, of which half is on disk then.
     """
 
     def __init__(self, at: int | None, act: Callable[[], None] = kill) -> None:
@@ -47,7 +47,7 @@ class Killer:
         sys.addaudithook(self._audit)
         self._wrap(os, "fsync", "fsync")
         self._wrap(_DigestingStream, "write", "write")
-        Path.write_text = lambda path, text, **options: self._write_text(path, text, **options)
+        Path.write_text = self._writer_of_texts()
 
     def call(self, name: str) -> None:
         """Before a change."""
@@ -70,12 +70,15 @@ class Killer:
 
         setattr(owner, name, wrapper)
 
-    def _write_text(self, path: Path, text: str, **options: str) -> None:
-        with path.open("w", **options) as file:
-            file.write(text[: len(text) // 2])
-            file.flush()
-            self.call("write_text")
-            file.write(text[len(text) // 2 :])
+    def _writer_of_texts(self) -> Callable[..., None]:
+        def write_text(path: Path, text: str, **options: str) -> None:
+            with path.open("w", **options) as file:
+                file.write(text[: len(text) // 2])
+                file.flush()
+                self.call("write_text")
+                file.write(text[len(text) // 2 :])
+
+        return write_text
 
 
 def _is_for_writing(path: Any, mode: str | None, flags: int) -> bool:

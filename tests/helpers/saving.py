@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_moe.checkpoint.manifest import MANIFEST, entry_of, write_manifest
 from tests.helpers.training import tiny_run
 
@@ -49,12 +51,16 @@ def weights_digest(run: Any) -> str:
     digest = hashlib.sha256()
     for chunk in run.pipeline.model:
         for param in chunk.parameters():
-            digest.update(param.detach().numpy().tobytes())
+            digest.update(_bytes(param))
     for part in run.optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
             for _, values in sorted(state.items()):
-                digest.update(values.numpy().tobytes())
+                digest.update(_bytes(values))
     return digest.hexdigest()
+
+
+def _bytes(values: torch.Tensor) -> bytes:
+    return values.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def sign(checkpoint: Path) -> None:

@@ -136,7 +136,9 @@ class Checkpointer:
             "data": self.fingerprints,
             "config": plain(self.config),
         }
-        self._pending = PendingSave(folder, description, writer, self._thread.submit(writer.write))
+        written = self._thread.submit(writer.write)
+        written.add_done_callback(lambda _: writer.is_copied.set())  # however it ended
+        self._pending = PendingSave(folder, description, writer, written)
 
     def wait_until_copied(self) -> None:
         """Return once nothing of the save under way is read from the model and the optimizer any more."""

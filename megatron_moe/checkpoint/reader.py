@@ -79,6 +79,7 @@ def load(request: ShardedStateDict, folder: Path) -> Callable[[], StateDict]:
     Raises:
         ConfigError: the checkpoint lacks a tensor, has it in another shape, or is of another version.
     """
+    reader = _Reader(folder)
     sharded, loaded, factories = load_preprocess(request)
     sharded, _ = extract_sharded_base(sharded)
     by_key, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded)
@@ -87,7 +88,7 @@ def load(request: ShardedStateDict, folder: Path) -> Callable[[], StateDict]:
     planner = _Planner(shapes_validation_sharded_tensors=to_validate)
     try:
         with torch.serialization.safe_globals([io.BytesIO]):
-            _load_state_dict(tensors, _Reader(folder), planner=planner, no_dist=_world_size() == 1)
+            _load_state_dict(tensors, reader, planner=planner, no_dist=_world_size() == 1)
     except (CheckpointException, CheckpointingException, KeyError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{folder}: {_first_cause(error)}") from error
 
@@ -106,11 +107,11 @@ class _Reader(FileSystemReader):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
-        self._folder = folder
+        self._index = read_index(folder)  # here: of its errors torch prints a traceback and looks for another index
 
     def read_metadata(self) -> Metadata:
-        """The index, of the whole checkpoint only: torch would go on with one of this rank's."""
-        return read_index(self._folder)
+        """The index, of the whole checkpoint only."""
+        return self._index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Several files at a time, each as torch does."""

@@ -125,10 +125,8 @@ class Writer(FileSystemWriterAsync):
         Raises:
             OSError: the disk is full, say.
         """
-        try:
-            self._stage()
-        finally:
-            self.is_copied.set()
+        self._stage()
+        self.is_copied.set()
         with ThreadPoolExecutor(FILES_A_RANK) as pool:
             parts = list(pool.map(self._write_file, self._contents))
         names = list(self._contents)

@@ -30,15 +30,16 @@ def both_ways(layout: str, folder: str, *overrides: str) -> tuple[dict, dict, li
     """
     from megatron_moe.checkpoint.writer import Writer
 
-    go_on, write = threading.Event(), Writer.write
+    go_on, write_file = threading.Event(), Writer._write_file
     with small_run(layout, folder, *overrides) as (run, step):
         step()
         step()
         waited = contents(run.checkpointer.save(run.state))
         dist.barrier()
         digests = [weights_digest(run)]
-        Writer.write = lambda self: go_on.wait() and write(self)
+        Writer._write_file = lambda self, name: go_on.wait() and write_file(self, name)
         run.checkpointer.begin(run.state)
+        run.checkpointer.wait_until_copied()
         step()
         step()
         torch.rand(3)  # other random numbers, too

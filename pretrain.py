@@ -22,11 +22,12 @@ import traceback
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from megatron_moe.checkpoint.run_folder import saved_steps
+from megatron_moe.checkpoint.run_folder import saved_steps, step_of
 from megatron_moe.config.errors import ConfigError, Preempted, TrainingError
 from megatron_moe.config.load import COMPOSITION_ERRORS, explain, register_schema, to_config
 from megatron_moe.config.schema import Config
@@ -120,7 +121,7 @@ def train_in_workers(config: Config, world_size: int, restarts: int) -> int:
 
     def newest_step() -> int:
         saved = saved_steps(Path(config.run.dir) / "checkpoints")
-        return int(saved[-1].name.removeprefix("step_")) if saved else 0
+        return step_of(saved[-1]) if saved else 0
 
     if restarts:
         code = launch.run_workers_again(command, world_size, restarts=restarts, newest_step=newest_step)
@@ -167,6 +168,17 @@ def take_auto_restart(arguments: list[str]) -> tuple[list[str], int]:
     return remaining, restarts
 
 
+def refuse_rerun(arguments: list[str]) -> None:
+    """Refuse the flag of Hydra's that reads a pickle, which may run anything.
+
+    Raises:
+        ConfigError: it is there, shortened too.
+    """
+    given, _ = get_args_parser().parse_known_args(arguments)
+    if given.experimental_rerun:
+        raise ConfigError(f"--experimental-rerun={given.experimental_rerun}: is refused, as it would run what it reads")
+
+
 def main() -> None:
     """Join the launcher, if there is one, and let Hydra compose."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself
@@ -175,6 +187,7 @@ def main() -> None:
     launch.end_with_parent(os.environ)
     try:
         sys.argv[1:], restarts = take_auto_restart(sys.argv[1:])
+        refuse_rerun(sys.argv[1:])
     except ConfigError as error:
         sys.exit(fail(error))
 

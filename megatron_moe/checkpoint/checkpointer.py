@@ -7,7 +7,8 @@ import dataclasses
 import io
 import json
 import shutil
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from megatron_moe.checkpoint.compatibility import (
 from megatron_moe.checkpoint.coverage import layouts_of, problems_of_coverage
 from megatron_moe.checkpoint.dcp import BACKEND, read_index
 from megatron_moe.checkpoint.manifest import rename_for_good, write_manifest
-from megatron_moe.checkpoint.optimizer_state import is_split, load_sharded_state, sharded_state
-from megatron_moe.checkpoint.reader import check_whole, damage, load
+from megatron_moe.checkpoint.optimizer_state import is_split, sharded_state
+from megatron_moe.checkpoint.reader import damage, load, refuse_damaged
 from megatron_moe.checkpoint.run_folder import (
     DAMAGED,
     PARTIAL,
@@ -44,10 +45,10 @@ from megatron_moe.checkpoint.run_folder import (
 )
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.checkpoint.writer import SavePlans, Writer, Written, plan_save
-from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.schema import Config, ModelConfig, OnDamage
+from megatron_moe.config.errors import ConfigError, TrainingError
+from megatron_moe.config.schema import Config, ModelConfig, OnDamage, Verify
 from megatron_moe.distributed.context import from_main
-from megatron_moe.optim.optimizer import set_num_updates
+from megatron_moe.optim.optimizer import load_state, set_num_updates
 
 
 class SaveError(OSError):
@@ -92,7 +93,7 @@ class Checkpointer:
         self.fingerprints = fingerprints
         self._plans = SavePlans()
         self._pending: PendingSave | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._removals = ThreadPoolExecutor(1, thread_name_prefix="removal")
 
     @property
     def folder(self) -> Path:
@@ -122,10 +123,14 @@ class Checkpointer:
         """Begin to save; `finish` comes later. In the background: `wait_until_copied` comes before the next update.
 
         Raises:
-            SaveError: the folder cannot be made, or the weights of a rank are not finite.
+            SaveError: the folder cannot be made.
+            TrainingError: the weights of a rank are not finite, and will never be again.
         """
         if broken := _ranks_with_broken_weights(self.model):
-            raise SaveError(f"step {state.step:,}: weights of ranks {broken} are not finite")
+            raise TrainingError(
+                f"step {state.step:,}: weights of ranks {broken} are not finite; nothing is saved of them. The last "
+                "checkpoint stands, and the same command goes on from it"
+            )
         folder = self.folder / f"step_{state.step:08}"
         partial = folder.with_suffix(PARTIAL)
         from_main(lambda: _make_anew(partial))
@@ -136,7 +141,7 @@ class Checkpointer:
             "data": self.fingerprints,
             "config": plain(self.config),
         }
-        written = self._thread.submit(writer.write)
+        written = _in_thread(writer.write)
         written.add_done_callback(lambda _: writer.is_copied.set())  # however it ended
         self._pending = PendingSave(folder, description, writer, written)
 
@@ -176,7 +181,7 @@ class Checkpointer:
             if pending.folder.exists():
                 self._remove(pending.folder)
             rename_for_good(partial, pending.folder)
-        except (OSError, ConfigError) as error:
+        except Exception as error:  # of whatever kind: the other ranks wait
             shutil.rmtree(partial, ignore_errors=True)
             raise SaveError(f"{pending.folder}: {error}") from error
         with contextlib.suppress(OSError):  # what stays only takes room
@@ -185,7 +190,7 @@ class Checkpointer:
 
     def _remove(self, checkpoint: Path) -> None:
         """At once none of the run's; its bytes go while the training goes on."""
-        self._thread.submit(shutil.rmtree, retire(checkpoint), ignore_errors=True)
+        self._removals.submit(shutil.rmtree, retire(checkpoint), ignore_errors=True)
 
     def load_latest(self) -> tuple[TrainState, list[str]]:
         """Load the newest checkpoint, or where there is none the weights of `checkpoint.init_from`.
@@ -200,7 +205,7 @@ class Checkpointer:
         if checkpoint is None:
             if self.config.checkpoint.init_from is not None:
                 source = find_checkpoint(Path(self.config.checkpoint.init_from))
-                load_weights(self.model, source, self.config.model)
+                load_weights(self.model, source, self.config.model, self.config.checkpoint.verify)
                 self.optimizer.reload_model_params()
             return TrainState(), notes
         description, saved = read_json(checkpoint / "state.json"), plain(saved_config(checkpoint))
@@ -248,7 +253,7 @@ class Checkpointer:
         parts = self._optimizer_parts()
         if any(is_split(part) for part in parts):
             for part, tensors in zip(parts, whole()["optimizer"], strict=True):
-                load_sharded_state(part, tensors)
+                load_state(part, tensors)
         for part in parts:
             set_num_updates(part, state.step - state.skipped_steps)
         if rng is not None:
@@ -268,20 +273,37 @@ class Checkpointer:
         return [part for part in self.optimizer.chained_optimizers if part.optimizer.state]
 
 
-def load_weights(model: list[torch.nn.Module], checkpoint: Path, expected: ModelConfig) -> None:
+def load_weights(
+    model: list[torch.nn.Module], checkpoint: Path, expected: ModelConfig, verify: Verify = Verify.full
+) -> None:
     """Load the parameters of a checkpoint of the same architecture, whatever its layout; on all ranks.
 
     Args:
         model: chunks of this rank, with or without their data-parallel wrapper.
         checkpoint: a folder `step_NNNNNNNN`.
         expected: of `model`.
+        verify: what of the checkpoint is compared with its manifest first.
 
     Raises:
         ConfigError: the checkpoint is damaged, or of another architecture.
     """
-    check_whole(checkpoint)
+    refuse_damaged(checkpoint, verify)
     check_same_model(saved_config(checkpoint).model, expected, checkpoint)
     load({name: chunk.sharded_state_dict() for name, chunk in _named_chunks(model)}, checkpoint)
+
+
+def _in_thread(function: Callable[[], Written]) -> Future[Written]:
+    """Call in a thread that does not keep a process alive which has failed."""
+    future: Future[Written] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 def _named_chunks(model: list[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:

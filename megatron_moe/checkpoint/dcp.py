@@ -13,7 +13,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -172,8 +172,12 @@ def read_into(path: Path, offset: int, out: torch.Tensor) -> None:
             buffer = buffer[count:]
 
 
-def read_index(folder: Path) -> Metadata:
+def read_index(folder: Path, names: Collection[str] | None = None) -> Metadata:
     """The index of a checkpoint, `.metadata`; runs no code that it may hold.
+
+    Args:
+        folder: of the checkpoint.
+        names: the files that tensors may be in; all of the folder by default.
 
     Raises:
         ConfigError: it is no index, or places a tensor elsewhere than within a file of the folder.
@@ -188,8 +192,13 @@ def read_index(folder: Path) -> Metadata:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UNREADABLE as error:
         raise ConfigError(f"{path}: no index of a checkpoint of this version: {str(error)[:200]}") from None
-    sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file() and not file.is_symlink()}
-    if problems := problems_of_places(index, sizes):
+    files = [file for file in folder.iterdir() if file.is_file() and not file.is_symlink()]
+    sizes = {file.name: file.stat().st_size for file in files if names is None or file.name in names}
+    try:
+        problems = problems_of_places(index, sizes)
+    except ConfigError as error:
+        problems = list(error.problems)
+    if problems:
         raise ConfigError(*(f"{path}: {problem}" for problem in problems))
     return index
 

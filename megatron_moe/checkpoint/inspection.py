@@ -148,7 +148,7 @@ def describe(checkpoint: Path) -> Description:
     Raises:
         ConfigError: its description or its index is missing or damaged, or of another version.
     """
-    state, config = read_json(checkpoint / "state.json"), _config(checkpoint)
+    state, config = read_json(checkpoint / "state.json"), saved_config(checkpoint)
     sizes = _sizes(tensors_of(checkpoint), config.model)
     numbers = {name: _number(checkpoint, state, name) for name in ("step", "consumed_samples", "skipped_steps")}
     world_size = _number(checkpoint, state, "world_size")
@@ -223,17 +223,10 @@ def option_differences(before: Any, after: Any, name: str = "") -> list[str]:
     return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
 
 
-def _config(checkpoint: Path) -> Config:
-    try:
-        return saved_config(checkpoint)
-    except ConfigError as error:
-        raise ConfigError(*(f"{checkpoint / 'state.json'}: {problem}" for problem in error.problems)) from None
-
-
 def _verify_index(checkpoint: Path) -> list[str]:
     index = read_index(checkpoint)
     weights_only = bool(read_json(checkpoint / "state.json").get("weights_only"))
-    model = _config(checkpoint).model
+    model = saved_config(checkpoint).model
     return problems_of_coverage(layouts_of(index), model, with_optimizer=not weights_only)
 
 

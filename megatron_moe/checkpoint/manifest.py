@@ -76,6 +76,8 @@ def read_manifest(folder: Path) -> Files:
         files = {name: FileEntry(**entry) for name, entry in content["files"].items()}
         if text != _text(files):
             raise ValueError("its digest differs")
+        if not all(type(entry.nbytes) is int and entry.nbytes >= 0 for entry in files.values()):
+            raise ValueError("a size is no number of bytes")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; the checkpoint is not whole") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

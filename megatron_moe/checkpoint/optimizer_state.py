@@ -9,8 +9,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor
 from megatron.core.optimizer import DistributedOptimizer
 
-from megatron_moe.optim.optimizer import load_state
-
 STATES = ("param", "exp_avg", "exp_avg_sq")
 Sharded = dict[int, dict[str, ShardedBase]]
 
@@ -28,12 +26,6 @@ def sharded_state(part: DistributedOptimizer, model_state: ShardedStateDict, *, 
     places = {place.data: place for place in nested_values(model_state) if isinstance(place, ShardedBase)}
     params = [param for buffer in part.buffers for param in buffer.param_index_map]
     return {i: _of_param(part, param, places[param]) for i, param in enumerate(params)}
-
-
-def load_sharded_state(part: DistributedOptimizer, loaded: dict[int, dict[str, Any]]) -> None:
-    """Take over what was loaded into `sharded_state`, if that is not the optimizer's own memory."""
-    if is_split(part):
-        load_state(part, loaded)
 
 
 def is_split(part: DistributedOptimizer) -> bool:

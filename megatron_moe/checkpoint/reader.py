@@ -57,7 +57,7 @@ def damage(folder: Path, verify: Verify) -> list[str]:
     return sorted(set().union(*_from_all(found)))
 
 
-def check_whole(folder: Path, verify: Verify = Verify.full) -> None:
+def refuse_damaged(folder: Path, verify: Verify) -> None:
     """Refuse a damaged checkpoint; on all ranks.
 
     Raises:
@@ -68,7 +68,7 @@ def check_whole(folder: Path, verify: Verify = Verify.full) -> None:
 
 
 def load(request: ShardedStateDict, folder: Path) -> Callable[[], StateDict]:
-    """Fill this rank's tensors from a checkpoint of any layout, in place; on all ranks. `check_whole` comes before.
+    """Fill this rank's tensors from a checkpoint of any layout, in place; on all ranks. `refuse_damaged` comes before.
 
     Returns:
         What makes the state dict of whole tensors that `request` is made of, for those who do not hold the parts.
@@ -79,7 +79,7 @@ def load(request: ShardedStateDict, folder: Path) -> Callable[[], StateDict]:
     Raises:
         ConfigError: the checkpoint lacks a tensor, has it in another shape, or is of another version.
     """
-    reader = _Reader(folder)
+    reader = _agreed_reader(folder)
     sharded, loaded, factories = load_preprocess(request)
     sharded, _ = extract_sharded_base(sharded)
     by_key, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded)
@@ -102,12 +102,28 @@ def load(request: ShardedStateDict, folder: Path) -> Callable[[], StateDict]:
     return whole
 
 
+def _agreed_reader(folder: Path) -> _Reader:
+    """One on all ranks, or what is wrong, on all ranks."""
+    problems: list[str] = []
+    try:
+        reader = _Reader(folder)
+    except ConfigError as error:
+        problems = list(error.problems)
+    except OSError as error:
+        problems = [f"{folder}: {error}"]
+    if found := sorted(set().union(*_from_all(problems))):
+        raise ConfigError(*found)
+    return reader
+
+
 class _Reader(FileSystemReader):
     """torch's reader, with an index that can run no code and names nothing outside of the folder."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
-        self._index = read_index(folder)  # here: of its errors torch prints a traceback and looks for another index
+        self._index = read_index(
+            folder, set(read_manifest(folder))
+        )  # here: of its errors torch prints a traceback and looks for another index
 
     def read_metadata(self) -> Metadata:
         """The index, of the whole checkpoint only."""
@@ -134,6 +150,8 @@ class _Planner(MCoreLoadPlanner):
 
     def create_local_plan(self) -> LoadPlan:
         """What to read; without torch's search for overlaps where the layout is the one that saved."""
+        if missing := sorted(name for name in self.state_dict if name not in self.metadata.state_dict_metadata):
+            raise CheckpointingException(f"has no {', '.join(missing[:3])}{', ...' if missing[3:] else ''}")
         self._validate_global_shapes(self.metadata, self.shapes_validation_sharded_tensors)
         return LoadPlan([read for name, value in self.state_dict.items() for read in self._reads(name, value)])
 
@@ -160,6 +178,8 @@ def _first_cause(error: BaseException) -> str:
     """What a rank raised, where torch has wrapped it."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
+    if not isinstance(error, Exception):
+        raise error  # KeyboardInterrupt, say
     return str(error)
 
 

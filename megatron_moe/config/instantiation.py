@@ -51,6 +51,8 @@ def named_code(composed: dict[str, Any]) -> Iterator[str]:
     hydra = composed.get("hydra", {})
     if hydra.get("callbacks"):
         yield f"hydra.callbacks={hydra['callbacks']}: must be empty; Hydra would call them"
+    if (hydra.get("job") or {}).get("env_set"):
+        yield f"hydra.job.env_set={hydra['job']['env_set']}: must be empty; set variables in the shell"
     for name in ("hydra_logging", "job_logging"):
         if (hydra.get(name) or {}).get("root") is not None:
             yield f"hydra.{name}: must be none; Hydra would call the handlers it names"

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from megatron_moe.config.derived import expert_tensor_parallel_size
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.errors import ConfigError, Preempted
 from megatron_moe.config.schema import ParallelConfig
 from megatron_moe.distributed import cpu, deterministic, launch, without_te
 from megatron_moe.distributed.accelerators import has_transformer_engine
@@ -68,22 +68,37 @@ def distributed(
     _init_process_group(device, rank, world_size, init_method, timedelta(minutes=parallel.timeout_minutes))
     pg_collection = _init_model_parallel(parallel)
     _communicate_once(pg_collection, device)
-    yield DistributedContext(rank, world_size, device, pg_collection)
-    # Not after an error: the other ranks do not answer, and what went wrong must be told.
+    try:
+        yield DistributedContext(rank, world_size, device, pg_collection)
+    except Preempted:  # on all ranks
+        _leave()
+        raise
+    _leave()  # not after an error: the other ranks do not answer, and what went wrong must be told
+
+
+def _leave() -> None:
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 
 def from_main(function: Callable[[], T]) -> T:
-    """What `function` gives on rank 0, on every rank; its ConfigError or OSError too. Without process groups, here."""
+    """What `function` gives on rank 0, on every rank; what it raises, too. Without process groups, here.
+
+    Raises:
+        ConfigError, OSError: as raised there.
+        RuntimeError: for anything else; rank 0 raises that itself.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return function()
-    answer: list[tuple[T | None, ConfigError | OSError | None]] = [(None, None)]
+    answer: list[tuple[T | None, Exception | None]] = [(None, None)]
     if dist.get_rank() == 0:
         try:
             answer = [(function(), None)]
         except (ConfigError, OSError) as error:
             answer = [(None, error)]
+        except Exception as error:
+            dist.broadcast_object_list([(None, RuntimeError(f"rank 0: {error!r}"))])
+            raise
     dist.broadcast_object_list(answer)
     ((result, error),) = answer
     if error is not None:

@@ -36,7 +36,7 @@ def start(timeout_s: float, environment: Mapping[str, str] = os.environ) -> None
 
 
 def alive() -> None:
-    """Call it wherever the training gets on, in its own thread: each micro batch, each part of a save or a load."""
+    """Call it wherever the training gets on, in its own thread: each micro batch, and as a save begins and ends."""
     if _Watch.timeout_s is not None:
         faulthandler.dump_traceback_later(_Watch.timeout_s, exit=True, file=_Watch.file)
 

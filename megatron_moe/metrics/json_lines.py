@@ -23,6 +23,9 @@ class JsonLines:
         """Append an object; numbers that are not finite are refused."""
         told = bool(self._waiting)
         self._waiting += json.dumps(value, allow_nan=False).encode() + b"\n"
+        self._flush(told=told)
+
+    def _flush(self, *, told: bool) -> None:
         try:
             if self._file.write(self._waiting) < len(self._waiting):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -36,7 +39,11 @@ class JsonLines:
             self._waiting = b""
 
     def close(self) -> None:
-        """Give the file back."""
+        """Give the file back, after a last try."""
+        if self._waiting:
+            self._flush(told=True)
+        if self._waiting:
+            sys.stderr.write(f"warning: {self._file.name}: the last {self._waiting.count(10)} lines are lost\n")
         self._file.close()
 
 

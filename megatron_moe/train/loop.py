@@ -18,7 +18,7 @@ from megatron_moe.data.dataset import unigram_entropy
 from megatron_moe.data.sampler import micro_batches
 from megatron_moe.data.sources import Datasets, HeldOut, build_datasets
 from megatron_moe.distributed import signals
-from megatron_moe.distributed.context import DistributedContext
+from megatron_moe.distributed.context import DistributedContext, from_main
 from megatron_moe.metrics.logger import MetricLogger, Metrics, evaluation_line, progress_line
 from megatron_moe.metrics.throughput import Throughput
 from megatron_moe.model.build import build_model
@@ -71,8 +71,7 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
     """
     run = set_up(config, context)
     print_start(config, context, run.pipeline.model, run.datasets)
-    if context.is_main:
-        write_run_files(config, overrides, run.datasets.tokenizer)
+    from_main(lambda: write_run_files(config, overrides, run.datasets.tokenizer))
     for note in run.notes:
         run.context.say(note)
     if config.checkpoint.init_from is not None and run.state.step == 0:
@@ -175,17 +174,12 @@ def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
             count,
             run.guard,
             stop_requested=signals.stop_requested,
-            writer_done=lambda: _is_written(run),
+            writer_done=lambda: run.checkpointer.is_written,
+            before_update=run.checkpointer.wait_until_copied,
         )
     except TrainingError:  # on all ranks; what was begun to be saved is good
         run.saving.finish()
         raise
-
-
-def _is_written(run: Run) -> bool:
-    """Before an update: whether the save in the background is done, once it needs the old values no more."""
-    run.checkpointer.wait_until_copied()
-    return run.checkpointer.is_written
 
 
 def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: Throughput) -> Metrics:

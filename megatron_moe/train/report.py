@@ -26,6 +26,7 @@ from megatron_moe.config.derived import (
     num_micro_batches,
     samples_before,
 )
+from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
 from megatron_moe.data.sources import Datasets, source_uses
 from megatron_moe.distributed import deterministic
@@ -40,18 +41,32 @@ PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wand
 
 
 def write_run_files(config: Config, overrides: list[str], tokenizer: Path | None) -> None:
-    """Leave the resolved configuration, the overrides, the versions and the tokenizer in the run's folder."""
+    """Leave the resolved configuration, the overrides, the versions and the tokenizer in the run's folder.
+
+    Raises:
+        ConfigError: it cannot be written; what was there before stays.
+    """
     folder = Path(config.run.dir)
-    if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.json").resolve():
-        shutil.copyfile(tokenizer, folder / "tokenizer.json")
-    (folder / "config.yaml").write_text(yaml.safe_dump(plain(config), sort_keys=False), encoding="utf-8")
     environment = {
         "overrides": overrides,
         "git": _git_revision(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    (folder / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+    try:
+        if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.json").resolve():
+            _replace(folder / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
+        _replace(folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+        _replace(folder / "environment.json", json.dumps(environment, indent=1))
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir}: cannot be written: {error.strerror}") from error
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file that is there as a whole, or as it was before."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def _git_revision() -> str | None:

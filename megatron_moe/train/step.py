@@ -111,6 +111,7 @@ def train_step(
     *,
     stop_requested: Callable[[], bool] = lambda: False,
     writer_done: Callable[[], bool] = lambda: True,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward, backward and update over one global batch.
 
@@ -122,6 +123,7 @@ def train_step(
         guard: skips the update where it must not be done; None: it always is.
         stop_requested: whether this rank was asked to stop, asked once after the backward pass.
         writer_done: whether this rank's background writer is done, asked at the same time.
+        before_update: waits until nothing else reads weights and moments.
 
     Raises:
         TrainingError: on all ranks: too many steps were skipped in a row.
@@ -138,6 +140,7 @@ def train_step(
     agreement = agree(loss, finite_gradient=finite_gradient, stop=stop_requested(), saved=writer_done())
     skipped = guard.judge(agreement.loss, grad_norm, finite=agreement.finite) if guard is not None else None
     if skipped is None:
+        before_update()
         clip_and_update(optimizer, grad_norm)
     return StepResult(agreement, grad_norm, num_micro_batches, skipped)
 

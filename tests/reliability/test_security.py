@@ -64,6 +64,29 @@ def test_what_a_configuration_names_is_not_called(arguments: list[str], tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
+class Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-r"])
+def test_the_flag_of_hydra_that_reads_a_pickle_is_refused(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps(Touch(tmp_path / "canary")))
+    result = run_cli("pretrain.py", f"{flag}=job.pickle", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --experimental-rerun=job.pickle: is refused")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_no_variable_comes_from_a_configuration(tmp_path: Path) -> None:
+    result = run_cli("pretrain.py", "+hydra.job.env_set.LD_PRELOAD=x.so", "train.train_steps=-1", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "hydra.job.env_set={'LD_PRELOAD': 'x.so'}: must be empty" in result.stderr
+
+
 @pytest.mark.parametrize("group", ["model", "data", "logger"])
 def test_a_saved_configuration_that_names_code_is_refused(group: str, tmp_path: Path) -> None:
     saved = plain(tiny_config())

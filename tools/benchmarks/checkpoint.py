@@ -46,7 +46,7 @@ def measure(run: Any, batches: list[Any], bare: Path, seconds: Seconds) -> int:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    from megatron_moe.checkpoint.reader import check_whole
+    from megatron_moe.checkpoint.manifest import check_whole
     from megatron_moe.model.build import sharded_tensors
     from megatron_moe.train.step import train_step
 
@@ -58,8 +58,8 @@ def measure(run: Any, batches: list[Any], bare: Path, seconds: Seconds) -> int:
     run.state.advance(1)
     with added(seconds, "blocked") as waited:
         waited(lambda: run.checkpointer.begin(run.state))
-        before_the_update = {"writer_done": lambda: waited(run.checkpointer.wait_until_copied)}
-        train_step(run.pipeline, run.optimizer, batches, 1, **before_the_update)
+        copied = run.checkpointer.wait_until_copied
+        train_step(run.pipeline, run.optimizer, batches, 1, before_update=lambda: waited(copied))
         run.checkpointer._pending.written.result()
         folder = waited(run.checkpointer.finish)
     empty = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}

@@ -14,7 +14,7 @@ pretrain: $(INSTALLED)
 
 # pytest arguments: make test ARGS="tests/unit -k layout"
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The long tests of faults and restarts, of which `make test` runs a tenth a day; ends with a table.
 soak: $(INSTALLED)

@@ -1,5 +1,7 @@
 import os
 
+import pytest
+
 # Before torch is imported anywhere: two cores are shared by up to four ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["WANDB_MODE"] = "offline"
@@ -7,3 +9,10 @@ os.environ["WANDB_MODE"] = "offline"
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 pytest_plugins = ["tests.soak"]
+
+LONGEST = "tests/end_to_end/test_first_run.py"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that the others run beside it."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))

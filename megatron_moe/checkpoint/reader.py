@@ -84,7 +84,7 @@ def load(request: ShardedStateDict, folder: Path) -> Callable[[], StateDict]:
     sharded, _ = extract_sharded_base(sharded)
     by_key, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded)
     tensors = mcore_to_pyt_state_dict(by_key, True)
-    to_validate = [t for t in nested_values(sharded) if isinstance(t, ShardedTensor) and not t.allow_shape_mismatch]
+    to_validate = [place for place in nested_values(sharded) if isinstance(place, ShardedTensor)]
     planner = _Planner(shapes_validation_sharded_tensors=to_validate)
     try:
         with torch.serialization.safe_globals([io.BytesIO]):

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_moe.checkpoint.checkpointer import Checkpointer
@@ -112,6 +113,7 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
 
 def set_up(config: Config, context: DistributedContext) -> Run:
     """Build data, model and optimizer, and go to where the latest checkpoint left off."""
+    torch.manual_seed(config.train.seed + context.rank)  # nothing draws from it but what users add
     datasets = build_datasets(config)
     model = build_model(config, context.pg_collection, context.device)
     optimizer = build_optimizer(config, model, context.pg_collection)

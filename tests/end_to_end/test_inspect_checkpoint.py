@@ -342,7 +342,7 @@ def test_a_description_that_is_wrong(checkpoint: Path, capsys: pytest.CaptureFix
     file.write_text(json.dumps({**state, "step": "two"}))
     assert "state.json: step='two': must be a whole number" in said(capsys, checkpoint, code=2)
     file.write_text(json.dumps({**state, "config": {"model": {"layers": 3}}}))
-    assert f"{file}: Key 'layers' not in 'ModelConfig'" in said(capsys, checkpoint, code=2)
+    assert f"{file}: model.layers=3: there is no such option" in said(capsys, checkpoint, code=2)
     state["config"]["model"]["name"] = "\x1b[2J[red]model"
     file.write_text(json.dumps(state))
     text = said(capsys, checkpoint)

@@ -134,6 +134,7 @@ def train_until_killed(
 
     def finish_and_note(self: Checkpointer) -> Path:
         folder = finish(self)
+        self._removals.submit(lambda: None).result()  # after those of this save
         assert not (killer.armed and killer.at), f"{killer.at} calls were not made, but {len(killer.calls)}"
         killer.armed = False
         note(finished=int(folder.name.removeprefix("step_")))

@@ -30,6 +30,7 @@ def our_logits(folder: Path) -> dict[str, list[torch.Tensor]]:
     from megatron.core import dist_checkpointing
 
     from megatron_moe.checkpoint.checkpointer import load_weights
+    from megatron_moe.checkpoint.manifest import write_manifest
     from megatron_moe.checkpoint.run_folder import find_checkpoint, plain
     from megatron_moe.distributed.context import distributed
     from megatron_moe.model.build import build_model
@@ -47,6 +48,7 @@ def our_logits(folder: Path) -> dict[str, list[torch.Tensor]]:
             checkpoint.mkdir(parents=True)
             dist_checkpointing.save({"model": model.sharded_state_dict()}, str(checkpoint))
             (checkpoint / "state.json").write_text(json.dumps({"config": plain(config)}))
+            write_manifest(checkpoint)
             load_weights([model], find_checkpoint(folder / f"imported{seed}"), config.model)
             found[f"imported{seed}"] = forward(model)
     return found

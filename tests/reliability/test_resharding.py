@@ -50,6 +50,7 @@ def test_every_pair_of_layouts(source: str, target: str, saved, record_property)
 
 def save_without(folder: str, kind: str, name: str) -> None:
     """On each rank: a checkpoint in which a tensor of the model or of the optimizer has another name."""
+    from megatron_moe.checkpoint import checkpointer
     from megatron_moe.checkpoint.checkpointer import Checkpointer
     from megatron_moe.model.build import sharded_tensors
 
@@ -65,6 +66,7 @@ def save_without(folder: str, kind: str, name: str) -> None:
 
     with tiny_run([f"run.dir={folder}"]) as (run, _, _):
         Checkpointer.sharded_state_dict = renamed
+        checkpointer.problems_of_coverage = lambda *_: []  # which would refuse to save it
         run.state.advance(8)
         run.checkpointer.save(run.state)
 

@@ -287,8 +287,10 @@ def test_a_finished_run_is_evaluated_on_its_test_sets(
 ) -> None:
     config = blend_config(two, train_on(two), "data.test_fraction=0.2", "train.train_steps=4")
     monkeypatch.setattr(loop, "held_out_loss", lambda *_: 2.0)
-    context = SimpleNamespace(is_main=True, device=None)
-    loop._summarize(loop.Run(config, context, build_datasets(config), None, None, None, TrainState(4, 0), []), {})
+    context = SimpleNamespace(is_main=True, device=None, say=print)
+    loop._summarize(
+        loop.Run(config, context, build_datasets(config), None, None, None, TrainState(4, 0), [], None, None), {}
+    )
     said = capsys.readouterr().out
     assert "test/lm_loss 2.0000" in said
     assert "held-out loss" not in said
@@ -397,8 +399,8 @@ def test_losses_by_source_and_their_weighted_mean(
         return losses[id(sequences)]
 
     monkeypatch.setattr(loop, "held_out_loss", loss_of)
-    context = SimpleNamespace(is_main=True, device=None)
-    run = loop.Run(config, context, datasets, None, None, None, TrainState(2, 0), [])
+    context = SimpleNamespace(is_main=True, device=None, say=print)
+    run = loop.Run(config, context, datasets, None, None, None, TrainState(2, 0), [], None, None)
     per_byte = json.loads(Path(f"{two}/a.manifest.json").read_text())
     factor = per_byte["tokens"] / per_byte["text_bytes"] / math.log(2)
     valid = {

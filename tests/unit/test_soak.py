@@ -67,7 +67,8 @@ def test_a_turn_depends_on_the_case_alone() -> None:
 
 
 def run_with_workers(project: pytest.Pytester, *arguments: str) -> pytest.RunResult:
-    os.environ["PYTHONPATH"] = str(ROOT)  # pytester restores it
+    os.environ["PYTHONPATH"] = str(ROOT)  # pytester restores these
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
     return project.runpytest_subprocess(*PLUGINS, "-n2", *arguments)
 
 

@@ -38,6 +38,8 @@ def shortened(command: str, name: str) -> str:
         return f"{command} --megabytes 1 --documents 1e4 --repeat 1 --steps 1"
     if "benchmark.py checkpoint" in command:
         return f"{command} --hidden-size 64 --repeat 1"
+    if "analyze_experts.py" in command:
+        return f"{command} --num-samples 8"
     if "pretrain.py" not in command or "--cfg" in command:
         return command
     if "--multirun" in command:

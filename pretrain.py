@@ -139,9 +139,11 @@ def train_here(config: Config, overrides: list[str]) -> None:
     from megatron_moe.distributed.context import distributed
     from megatron_moe.train.loop import train
 
-    init_method = os.environ.get(launch.INIT_METHOD, "env://")
-    only = config.train.deterministic
-    with distributed(config.parallel, init_method=init_method, deterministic_only=only) as context:
+    with distributed(
+        config.parallel,
+        init_method=os.environ.get(launch.INIT_METHOD, "env://"),
+        deterministic_only=config.train.deterministic,
+    ) as context:
         train(config, context, overrides)
     watchdog.stop()  # not after an error: the end of this process may hang
 

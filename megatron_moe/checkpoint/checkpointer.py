@@ -29,7 +29,7 @@ from megatron_moe.checkpoint.compatibility import (
 from megatron_moe.checkpoint.coverage import layouts_of, problems_of_coverage
 from megatron_moe.checkpoint.dcp import BACKEND, read_index
 from megatron_moe.checkpoint.manifest import rename_for_good, write_manifest
-from megatron_moe.checkpoint.optimizer_state import is_split, sharded_state
+from megatron_moe.checkpoint.optimizer_state import load_sharded_state, sharded_state
 from megatron_moe.checkpoint.reader import damage, load, refuse_damaged
 from megatron_moe.checkpoint.run_folder import (
     DAMAGED,
@@ -48,7 +48,7 @@ from megatron_moe.checkpoint.writer import SavePlans, Writer, Written, plan_save
 from megatron_moe.config.errors import ConfigError, TrainingError
 from megatron_moe.config.schema import Config, ModelConfig, OnDamage, Verify
 from megatron_moe.distributed.context import from_main
-from megatron_moe.optim.optimizer import load_state, set_num_updates
+from megatron_moe.optim.optimizer import set_num_updates
 
 
 class SaveError(OSError):
@@ -248,16 +248,12 @@ class Checkpointer:
 
     def _load(self, checkpoint: Path, state: TrainState, *, with_rng: bool) -> None:
         request = self.sharded_state_dict(is_loading=True, with_rng=with_rng)
-        rng = request["rng"].data if with_rng else None
-        whole = load(request, checkpoint)
-        parts = self._optimizer_parts()
-        if any(is_split(part) for part in parts):
-            for part, tensors in zip(parts, whole()["optimizer"], strict=True):
-                load_state(part, tensors)
-        for part in parts:
+        load(request, checkpoint)
+        for part, places in zip(self._optimizer_parts(), request["optimizer"], strict=True):
+            load_sharded_state(part, places)
             set_num_updates(part, state.step - state.skipped_steps)
-        if rng is not None:
-            torch.set_rng_state(rng.view(-1))
+        if with_rng:
+            torch.set_rng_state(request["rng"].data.view(-1))
 
     def sharded_state_dict(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
         """This rank's tensors with their names and places in the whole model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,9 @@ def check_same_run(saved: dict[str, Any], config: Config) -> None:
     Raises:
         ConfigError: with one line per option that differs.
     """
-    now = plain(config)
     problems = [
-        f"{option}={_lookup(now, option)}: {config.run.dir} was trained with {_lookup(saved, option)}"
-        for name in FIXED_OPTIONS
-        for option in _leaves(now, name)
-        if _lookup(saved, option) != _lookup(now, option)
+        f"{option}={now}: {config.run.dir} was trained with {then}"
+        for option, then, now in _differences_among(FIXED_OPTIONS, saved, config)
     ]
     mixes = [mix(from_plain(saved)), mix(config)]
     if list(mixes[0].items()) != list(mixes[1].items()):
@@ -87,16 +85,13 @@ def check_same_schedule(saved: dict[str, Any], config: Config) -> None:
     Raises:
         ConfigError: with one line per option that differs.
     """
-    now = plain(config)
     names = ["scheduler", "optimizer.lr"]
     if config.scheduler.milestones:
         names.append("train.train_steps")  # milestones are fractions of it
     problems = [
-        f"{option}={_lookup(now, option)}: {config.run.dir} was trained with {_lookup(saved, option)}, another "
-        "learning-rate schedule; go on with it by checkpoint.allow_schedule_change=true"
-        for name in names
-        for option in _leaves(now, name)
-        if _lookup(saved, option) != _lookup(now, option)
+        f"{option}={now}: {config.run.dir} was trained with {then}, another learning-rate schedule; go on with it by "
+        "checkpoint.allow_schedule_change=true"
+        for option, then, now in _differences_among(names, saved, config)
     ]
     if problems and not config.checkpoint.allow_schedule_change:
         raise ConfigError(*problems)
@@ -128,22 +123,20 @@ def check_same_data(saved: dict[str, str], now: dict[str, str], checkpoint: Path
 
 def changed_options(saved: dict[str, Any], config: Config) -> list[str]:
     """Options that differ from those of a checkpoint, as 'optimizer.lr: 0.004 -> 0.001'."""
-    now = plain(config)
-    return [
-        f"{option}: {_lookup(saved, option)} -> {_lookup(now, option)}"
-        for group in now
-        for option in _leaves(now, group)
-        if _lookup(saved, option) != _lookup(now, option)
-    ]
+    return [f"{option}: {then} -> {now}" for option, then, now in differences(saved, plain(config))]
 
 
-def _leaves(config: dict[str, Any], name: str) -> list[str]:
-    value = _lookup(config, name)
-    return [leaf for key in value for leaf in _leaves(config, f"{name}.{key}")] if isinstance(value, dict) else [name]
+def differences(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The options in which two configurations as JSON values differ, with both values."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in before | after:
+            yield from differences(before.get(key), after.get(key), f"{name}.{key}".lstrip("."))
+    elif before != after:
+        yield name, before, after
 
 
-def _lookup(config: dict[str, Any], name: str) -> Any:
-    value: Any = config
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+def _differences_among(names: Iterable[str], saved: dict[str, Any], config: Config) -> Iterator[tuple[str, Any, Any]]:
+    """Those of some options and groups, in their order."""
+    found = list(differences(saved, plain(config)))
+    for name in names:
+        yield from (each for each in found if each[0] == name or each[0].startswith(f"{name}."))

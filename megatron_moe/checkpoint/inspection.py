@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_moe.checkpoint.compatibility import differences
 from megatron_moe.checkpoint.coverage import (
     FIRST,
     MAIN,
@@ -20,11 +21,10 @@ from megatron_moe.checkpoint.coverage import (
     layouts_of,
     problems_of_chunks,
     problems_of_coverage,
-    problems_of_places,
     saved_name,
 )
 from megatron_moe.checkpoint.dcp import Rows, SavedTensors, pieces, read_index
-from megatron_moe.checkpoint.manifest import ALWAYS_READ, MANIFEST, problems_of, read_manifest, unnamed
+from megatron_moe.checkpoint.manifest import ALWAYS_READ, MANIFEST, problems_of, read_manifest
 from megatron_moe.checkpoint.run_folder import read_json, saved_config, saved_steps
 from megatron_moe.config.derived import data_parallel_size
 from megatron_moe.config.errors import ConfigError
@@ -190,7 +190,7 @@ def verify(checkpoint: Path) -> list[str]:
     problems: list[str] = []
     try:
         files = read_manifest(checkpoint)
-        problems = problems_of(checkpoint, files) + unnamed(checkpoint, files)
+        problems = problems_of(checkpoint, files)
         if any(name not in files for name in ALWAYS_READ) or problems_of(checkpoint, files, ALWAYS_READ):
             return problems
         return problems + [f"{checkpoint / '.metadata'}: {line}" for line in _verify_index(checkpoint)]
@@ -209,18 +209,10 @@ def compare(before: Path, after: Path, *, values: bool = False) -> Differences:
     Raises:
         ConfigError: a description or an index is missing or damaged.
     """
-    options = option_differences(*(read_json(folder / "state.json").get("config") for folder in (before, after)))
+    configs = (read_json(folder / "state.json").get("config") for folder in (before, after))
+    options = [f"{name}: {json.dumps(old)} -> {json.dumps(new)}" for name, old, new in differences(*configs)]
     tensors, common = _tensor_differences(before, after)
     return Differences(options, tensors, list(_value_differences(before, after, common)) if values else None)
-
-
-def option_differences(before: Any, after: Any, name: str = "") -> list[str]:
-    """The options in which two configurations differ, as 'optimizer.lr: 0.004 -> 0.001'."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [*before, *(key for key in after if key not in before)]
-        found = [option_differences(before.get(k), after.get(k), f"{name}.{k}" if name else k) for k in keys]
-        return [line for lines in found for line in lines]
-    return [] if before == after else [f"{name}: {json.dumps(before)} -> {json.dumps(after)}"]
 
 
 def _verify_index(checkpoint: Path) -> list[str]:
@@ -291,15 +283,12 @@ def _value_differences(before: Path, after: Path, pairs: list[tuple[TensorEntry,
 
 
 def _readable(checkpoint: Path) -> SavedTensors:
-    """The tensors, after a look at whether the files hold as much as the index says.
+    """The tensors, after a look at whether the index has each of their values once.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: it has not.
     """
-    index = read_index(checkpoint)
-    files = [path for path in checkpoint.iterdir() if path.is_file() and not path.is_symlink()]
-    sizes = {path.name: path.stat().st_size for path in files}
-    if problems := problems_of_places(index, sizes) + problems_of_chunks(layouts_of(index)):
+    if problems := problems_of_chunks(layouts_of(read_index(checkpoint))):
         raise ConfigError(*(f"{checkpoint / '.metadata'}: {problem}" for problem in problems[:3]))
     return SavedTensors(checkpoint)
 

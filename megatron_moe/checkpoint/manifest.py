@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.files import sync
 
 MANIFEST = "manifest.json"
 SMALL_BYTES = 64 * 2**20  # larger files are only measured where contents are not asked for
@@ -55,10 +56,10 @@ def write_manifest(folder: Path, written: Files | None = None) -> None:
     for path in folder.iterdir():
         if path.name not in files and path.name != MANIFEST:
             files[path.name] = entry_of(path)
-            _sync(path)
+            sync(path)
     (folder / MANIFEST).write_text(_text(files), encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def read_manifest(folder: Path) -> Files:
@@ -89,7 +90,7 @@ def read_manifest(folder: Path) -> Files:
 
 
 def problems_of(folder: Path, files: Files, names: Iterable[str] | None = None, *, contents: bool = True) -> list[str]:
-    """What differs from the manifest, a line each that begins with the file.
+    """What differs from the manifest, or is read of any checkpoint and not named by it; a line each, the file first.
 
     Args:
         folder: of the checkpoint.
@@ -97,16 +98,11 @@ def problems_of(folder: Path, files: Files, names: Iterable[str] | None = None, 
         names: the files to compare; all by default.
         contents: compare the bytes of large files too, not only their sizes.
     """
+    unnamed = [f"{folder / name}: the manifest does not name it" for name in ALWAYS_READ if name not in files]
+    names = files if names is None else names
     with ThreadPoolExecutor(THREADS) as pool:
-        checked = pool.map(
-            lambda name: _problem(folder / name, files[name], contents), files if names is None else names
-        )
-        return [problem for problem in checked if problem is not None]
-
-
-def unnamed(folder: Path, files: Files) -> list[str]:
-    """What is read of any checkpoint and not named by the manifest, so that nothing vouches for it; a line each."""
-    return [f"{folder / name}: the manifest does not name it" for name in ALWAYS_READ if name not in files]
+        checked = pool.map(lambda name: _problem(folder / name, files[name], contents), names)
+        return unnamed + [problem for problem in checked if problem is not None]
 
 
 def check_whole(folder: Path) -> None:
@@ -115,8 +111,7 @@ def check_whole(folder: Path) -> None:
     Raises:
         ConfigError: with a line for each file that differs from the manifest.
     """
-    files = read_manifest(folder)
-    if problems := problems_of(folder, files) + unnamed(folder, files):
+    if problems := problems_of(folder, read_manifest(folder)):
         raise ConfigError(*problems)
 
 
@@ -131,19 +126,10 @@ def shares(files: Files, count: int) -> list[list[str]]:
     return parts
 
 
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, last through a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def rename_for_good(folder: Path, name: Path) -> None:
     """Give a folder its name, which lasts through a power cut."""
     folder.rename(name)
-    _sync(name.parent)
+    sync(name.parent)
 
 
 def _text(files: Files) -> str:
@@ -154,8 +140,10 @@ def _text(files: Files) -> str:
 
 def _problem(path: Path, expected: FileEntry, contents: bool) -> str | None:
     try:
-        if path.is_symlink() or not path.is_file():
-            return f"{path}: is missing" if not path.is_symlink() else f"{path}: is a link"
+        if path.is_symlink():
+            return f"{path}: is a link"
+        if not path.is_file():
+            return f"{path}: is missing"
         nbytes = path.stat().st_size
         if nbytes != expected.nbytes:
             return f"{path}: is damaged: {nbytes:,} bytes instead of {expected.nbytes:,}"

@@ -9,6 +9,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor
 from megatron.core.optimizer import DistributedOptimizer
 
+from megatron_moe.optim.optimizer import load_state
+
 STATES = ("param", "exp_avg", "exp_avg_sq")
 Sharded = dict[int, dict[str, ShardedBase]]
 
@@ -21,15 +23,21 @@ def sharded_state(part: DistributedOptimizer, model_state: ShardedStateDict, *, 
 
     Source: megatron-core 0.16.1, distrib_optimizer.py, `sharded_param_state_fully_reshardable`.
     """
-    if is_split(part):
+    if _is_split(part):
         return part.sharded_param_state_fully_reshardable(model_state, is_loading, metadata={})
     places = {place.data: place for place in nested_values(model_state) if isinstance(place, ShardedBase)}
     params = [param for buffer in part.buffers for param in buffer.param_index_map]
     return {i: _of_param(part, param, places[param]) for i, param in enumerate(params)}
 
 
-def is_split(part: DistributedOptimizer) -> bool:
-    """Whether several data-parallel ranks share the state, so that mcore's `sharded_state` is a copy of all of it."""
+def load_sharded_state(part: DistributedOptimizer, places: Sharded) -> None:
+    """Take over what was loaded into the tensors of `sharded_state`, where these are not the optimizer's own."""
+    if _is_split(part):
+        load_state(part, {i: {name: place.data for name, place in of.items()} for i, of in places.items()})
+
+
+def _is_split(part: DistributedOptimizer) -> bool:
+    """Whether several data-parallel ranks share the state; megatron-core then gathers a copy of all of it."""
     return part.data_parallel_group.size() > 1
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, StateDict, apply_factory_merges
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
-    _replace_sharded_keys_with_state_dict_keys,
     _replace_state_dict_keys_with_sharded_keys,
-    _restore_dict_types,
-    _unwrap_pyt_sharded_tensor,
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
@@ -37,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.futures import Future
 
 from megatron_moe.checkpoint.dcp import read_index
-from megatron_moe.checkpoint.manifest import THREADS, problems_of, read_manifest, shares, unnamed
+from megatron_moe.checkpoint.manifest import THREADS, problems_of, read_manifest, shares
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Verify
 
@@ -51,7 +47,7 @@ def damage(folder: Path, verify: Verify) -> list[str]:
     try:
         files = read_manifest(folder)
         mine = shares(files, _world_size())[_rank()]
-        found = problems_of(folder, files, mine, contents=verify is Verify.full) + unnamed(folder, files)
+        found = problems_of(folder, files, mine, contents=verify is Verify.full)
     except ConfigError as error:
         found = list(error.problems)
     return sorted(set().union(*_from_all(found)))
@@ -67,11 +63,8 @@ def refuse_damaged(folder: Path, verify: Verify) -> None:
         raise ConfigError(*problems)
 
 
-def load(request: ShardedStateDict, folder: Path) -> Callable[[], StateDict]:
+def load(request: ShardedStateDict, folder: Path) -> None:
     """Fill this rank's tensors from a checkpoint of any layout, in place; on all ranks. `refuse_damaged` comes before.
-
-    Returns:
-        What makes the state dict of whole tensors that `request` is made of, for those who do not hold the parts.
 
     Source: megatron-core 0.16.1, dist_checkpointing/serialization.py and strategies/torch.py, `load`, which read
     `.metadata`, `common.pt` and objects with pickle.
@@ -80,26 +73,16 @@ def load(request: ShardedStateDict, folder: Path) -> Callable[[], StateDict]:
         ConfigError: the checkpoint lacks a tensor, has it in another shape, or is of another version.
     """
     reader = _agreed_reader(folder)
-    sharded, loaded, factories = load_preprocess(request)
-    sharded, _ = extract_sharded_base(sharded)
-    by_key, flat, renamed = _replace_state_dict_keys_with_sharded_keys(sharded)
-    tensors = mcore_to_pyt_state_dict(by_key, True)
+    sharded, _ = extract_sharded_base(load_preprocess(request)[0])
+    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded)
     to_validate = [place for place in nested_values(sharded) if isinstance(place, ShardedTensor)]
     planner = _Planner(shapes_validation_sharded_tensors=to_validate)
     try:
         with torch.serialization.safe_globals([io.BytesIO]):
+            tensors = mcore_to_pyt_state_dict(by_key, True)
             _load_state_dict(tensors, reader, planner=planner, no_dist=_world_size() == 1)
     except (CheckpointException, CheckpointingException, KeyError, pickle.UnpicklingError) as error:
         raise ConfigError(f"{folder}: {_first_cause(error)}") from error
-
-    def whole() -> StateDict:
-        values = {key: _unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
-        values = _replace_sharded_keys_with_state_dict_keys(values, flat, renamed)
-        _restore_dict_types(values, sharded)
-        merge(loaded, values)
-        return apply_factory_merges(loaded, factories)
-
-    return whole
 
 
 def _agreed_reader(folder: Path) -> _Reader:
@@ -121,9 +104,8 @@ class _Reader(FileSystemReader):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
-        self._index = read_index(
-            folder, set(read_manifest(folder))
-        )  # here: of its errors torch prints a traceback and looks for another index
+        # Here: of errors in `read_metadata` torch prints a traceback, and looks for another index.
+        self._index = read_index(folder, read_manifest(folder))
 
     def read_metadata(self) -> Metadata:
         """The index, of the whole checkpoint only."""

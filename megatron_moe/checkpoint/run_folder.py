@@ -108,11 +108,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object for people to read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """A folder beside `final` that gets its name when everything is written, and goes when something fails.

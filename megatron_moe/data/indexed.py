@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.files import write_json
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = Struct("<9sQBQQ")  # magic, version, code of the type of the ids, sequences, document boundaries
@@ -106,16 +107,6 @@ def read_manifest(prefix: Path | str) -> Manifest | None:
 def _kind(annotation: str) -> tuple[type, ...]:
     kinds = {"int": int, "str": str, "list": list, "dict": dict, "None": type(None)}
     return tuple(kinds[name.split("[")[0]] for name in annotation.split(" | "))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write in one move, and have it on disk."""
-    new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
 
 
 def sha256_of(path: Path) -> str:

@@ -27,9 +27,10 @@ from filelock import FileLock, Timeout
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.data.encode import Encoder
-from megatron_moe.data.indexed import IndexedWriter, Manifest, read_manifest, sha256_of, with_ending, write_json
+from megatron_moe.data.indexed import IndexedWriter, Manifest, read_manifest, sha256_of, with_ending
 from megatron_moe.data.text_files import START, Position, Problem, Reader, Reading, Record, TextFile, describe, text_of
 from megatron_moe.data.tokenizer import load_tokenizer
+from megatron_moe.files import write_json
 
 ENDINGS = ("bin", "idx", "tokenizer.json", "manifest.json")
 

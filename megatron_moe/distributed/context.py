@@ -86,7 +86,7 @@ def from_main(function: Callable[[], T]) -> T:
 
     Raises:
         ConfigError, OSError: as raised there.
-        RuntimeError: for anything else; rank 0 raises that itself.
+        RuntimeError: instead of anything else, which rank 0 raises itself.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return function()
@@ -94,10 +94,9 @@ def from_main(function: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             answer = [(function(), None)]
-        except (ConfigError, OSError) as error:
-            answer = [(None, error)]
         except Exception as error:
-            dist.broadcast_object_list([(None, RuntimeError(f"rank 0: {error!r}"))])
+            is_expected = isinstance(error, ConfigError | OSError)
+            dist.broadcast_object_list([(None, error if is_expected else RuntimeError(f"rank 0: {error!r}"))])
             raise
     dist.broadcast_object_list(answer)
     ((result, error),) = answer

@@ -12,10 +12,11 @@ import torch
 
 from megatron_moe.checkpoint.dcp import Rows, SavedTensors, pieces
 from megatron_moe.checkpoint.manifest import check_whole
-from megatron_moe.checkpoint.run_folder import find_checkpoint, new_folder, saved_config, write_json
+from megatron_moe.checkpoint.run_folder import find_checkpoint, new_folder, saved_config
 from megatron_moe.config.derived import num_device_groups
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Config
+from megatron_moe.files import write_json
 from megatron_moe.hugging_face.config import to_hf_config
 from megatron_moe.hugging_face.names import HfTensor, hf_tensors
 from megatron_moe.hugging_face.safetensors import NAMES, TensorToWrite, write_folder

@@ -14,11 +14,12 @@ import yaml
 
 from megatron_moe.checkpoint.dcp import NewTensor, Rows, write_checkpoint
 from megatron_moe.checkpoint.manifest import write_manifest
-from megatron_moe.checkpoint.run_folder import new_folder, plain, read_json, write_json
+from megatron_moe.checkpoint.run_folder import new_folder, plain, read_json
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.schema import Config, Dtype, ModelConfig, PrecisionConfig, RunConfig
 from megatron_moe.config.validate import validate
+from megatron_moe.files import write_json
 from megatron_moe.hugging_face.config import from_hf_config, in_their_names
 from megatron_moe.hugging_face.exporter import SHOWN, Summary
 from megatron_moe.hugging_face.names import Source, hf_tensors, sources

@@ -6,9 +6,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moe.checkpoint.run_folder import read_json, write_json
+from megatron_moe.checkpoint.run_folder import read_json
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.data.tokenizer import BEGIN_OF_SENTENCE, end_of_document, load_tokenizer, num_ids, tokenizer_file
+from megatron_moe.files import write_json
 
 FILE = "tokenizer.json"
 BEGINNINGS = (BEGIN_OF_SENTENCE, "<s>", "<|begin_of_text|>")

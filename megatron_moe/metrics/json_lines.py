@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from megatron_moe.files import write_whole
+
 
 class JsonLines:
     """Appends; what cannot be written is told once, kept, and written with the next that can be."""
@@ -54,9 +56,7 @@ def drop_after(path: Path, step: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
     if len(kept) < len(lines):
-        shorter = path.with_suffix(".partial")
-        shorter.write_bytes(b"".join(kept))
-        shorter.replace(path)
+        write_whole(path, b"".join(kept))
 
 
 def _step_of(line: bytes) -> float:

@@ -70,8 +70,6 @@ def _prepare(part: DistributedOptimizer) -> None:
 def load_state(part: DistributedOptimizer, tensors: dict[int, dict[str, Tensor]]) -> None:
     """Take over loaded main parameters and moments; `set_num_updates` comes after.
 
-    `step` counts updates, not the training's steps: a skipped step is none.
-
     megatron-core 0.16.1 copies every entry of torch's state and finds no saved "step" (distrib_optimizer.py:940), so
     that entry is away meanwhile.
     """

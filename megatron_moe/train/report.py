@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 import shutil
 import subprocess
@@ -31,6 +30,7 @@ from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
 from megatron_moe.data.sources import Datasets, source_uses
 from megatron_moe.distributed import deterministic
 from megatron_moe.distributed.context import DistributedContext
+from megatron_moe.files import write_json, write_whole
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
@@ -55,18 +55,11 @@ def write_run_files(config: Config, overrides: list[str], tokenizer: Path | None
     }
     try:
         if tokenizer is not None and tokenizer.resolve() != (folder / "tokenizer.json").resolve():
-            _replace(folder / "tokenizer.json", tokenizer.read_text(encoding="utf-8"))
-        _replace(folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
-        _replace(folder / "environment.json", json.dumps(environment, indent=1))
+            write_whole(folder / "tokenizer.json", tokenizer.read_bytes())
+        write_whole(folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False).encode())
+        write_json(folder / "environment.json", environment)
     except OSError as error:
         raise ConfigError(f"run.dir={config.run.dir}: cannot be written: {error.strerror}") from error
-
-
-def _replace(file: Path, text: str) -> None:
-    """Write a file that is there as a whole, or as it was before."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
 
 
 def _git_revision() -> str | None:

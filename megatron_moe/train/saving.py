@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from megatron_moe.checkpoint.checkpointer import Checkpointer, SaveError
+from megatron_moe.checkpoint.run_folder import step_of
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.config.errors import TrainingError
 from megatron_moe.distributed import watchdog
@@ -30,7 +31,6 @@ class Saving:
         self._in_background = in_background
         self._say = say
         self._saved_step = saved_step
-        self._begun_step = saved_step
         self._waited_s = 0.0
 
     def save(self, state: TrainState) -> None:
@@ -65,7 +65,7 @@ class Saving:
         start = time.perf_counter()
         watchdog.alive()
         self._checkpointer.begin(state, background=background)
-        self._begun_step, self._waited_s = state.step, time.perf_counter() - start
+        self._waited_s = time.perf_counter() - start
 
     def _finish(self) -> None:
         if not self._checkpointer.is_saving:
@@ -73,7 +73,7 @@ class Saving:
         start = time.perf_counter()
         watchdog.alive()
         folder = self._checkpointer.finish()
-        self._saved_step = self._begun_step
+        self._saved_step = step_of(folder)
         waited_s = self._waited_s + time.perf_counter() - start
         self._say(f"step {self._saved_step} | saved {folder} in {waited_s:.1f} s")
 

@@ -19,10 +19,12 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from megatron_moe.checkpoint import dcp
 from megatron_moe.checkpoint.manifest import MANIFEST, entry_of, write_manifest
 from megatron_moe.plan.params import total_params
+from tests.helpers.canary import Canary
 from tests.helpers.cli import ROOT
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import tiny_config, tiny_run
 
+HARMFUL = Canary(Path("harm"))
 TOOL = ROOT / "tools" / "inspect_checkpoint.py"
 LAYOUT = ["parallel=ep2"]
 EXPERTS = "decoder.layers.3.mlp.experts.experts.linear_fc2.weight"
@@ -288,12 +290,7 @@ def test_an_index_that_is_wrong(
         assert "error: " in said(capsys, trained, checkpoint, "--values", code=2)
 
 
-class Harmful:
-    def __reduce__(self):
-        return (Path.touch, (Path("harm"),))
-
-
-@pytest.mark.parametrize("content", [Harmful(), Metadata({"x": Harmful()})], ids=["call", "nested"])
+@pytest.mark.parametrize("content", [HARMFUL, Metadata({"x": HARMFUL})], ids=["call", "nested"])
 def test_an_index_runs_no_code(
     content: object, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

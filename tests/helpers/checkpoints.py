@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_moe.checkpoint.manifest import MANIFEST, entry_of, read_manifest, write_manifest
+from megatron_moe.checkpoint.manifest import MANIFEST, write_manifest
+
+
+def sign(checkpoint: Path) -> None:
+    """Write the manifest of what is there, as an attacker would."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    write_manifest(checkpoint)
 
 
 def replace_file(checkpoint: Path, name: str, data: bytes) -> None:
     """Give a file of a checkpoint other bytes, and the manifest their digest."""
     (checkpoint / name).write_bytes(data)
-    if (checkpoint / MANIFEST).exists():
-        write_manifest(checkpoint, {**read_manifest(checkpoint), name: entry_of(checkpoint / name)})
+    sign(checkpoint)
 
 
 def edit_state(checkpoint: Path, **changes: object) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from megatron_moe.checkpoint.manifest import MANIFEST, entry_of, write_manifest
 from tests.helpers.training import tiny_run
 
 SMALL = [
@@ -61,12 +60,6 @@ def weights_digest(run: Any) -> str:
 
 def _bytes(values: torch.Tensor) -> bytes:
     return values.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def sign(checkpoint: Path) -> None:
-    """Write the manifest of what is there, as an attacker would."""
-    (checkpoint / MANIFEST).unlink(missing_ok=True)
-    write_manifest(checkpoint, {path.name: entry_of(path) for path in checkpoint.iterdir() if path.is_file()})
 
 
 def replace_folder(source: Path, target: Path) -> None:

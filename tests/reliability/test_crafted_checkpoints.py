@@ -23,18 +23,15 @@ from megatron_moe.checkpoint.dcp import read_index
 from megatron_moe.checkpoint.manifest import MANIFEST, entry_of, read_manifest, write_manifest
 from megatron_moe.checkpoint.run_folder import plain
 from megatron_moe.config.errors import ConfigError
+from tests.helpers.canary import Canary
+from tests.helpers.checkpoints import sign
 from tests.helpers.cli import ROOT
 from tests.helpers.ranks import run_ranks
-from tests.helpers.saving import replace_folder, sign, small_run
+from tests.helpers.saving import replace_folder, small_run
 
 EMBEDDING = "embedding.word_embeddings.weight"
 MOMENT = f"optimizer.state.exp_avg.{EMBEDDING}"
 CANARY = "canary"  # in the working directory
-
-
-class Harmful:
-    def __reduce__(self):
-        return Path.touch, (Path(CANARY),)
 
 
 # --- What an attacker writes
@@ -68,20 +65,20 @@ def name_of_object(checkpoint: Path) -> str:
     return next(name for name, entry in entries.items() if isinstance(entry, BytesStorageMetadata))
 
 
-HARMFUL_TENSOR = [Harmful(), torch.zeros(10_000)]  # at least as many bytes as the index says
+HARMFUL_TENSOR = [Canary(Path(CANARY)), torch.zeros(10_000)]  # at least as many bytes as the index says
 PAYLOADS: dict[str, Callable[[Path], None]] = {
-    "index": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Harmful())),
+    "index": lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Canary(Path(CANARY)))),
     "within the index": lambda folder: change_index(
-        folder, lambda index: index.state_dict_metadata.update({"x": Harmful()})
+        folder, lambda index: index.state_dict_metadata.update({"x": Canary(Path(CANARY))})
     ),
-    "common.pt": lambda folder: torch.save(Harmful(), folder / "common.pt"),
+    "common.pt": lambda folder: torch.save(Canary(Path(CANARY)), folder / "common.pt"),
     "tensor": lambda folder: put(folder, EMBEDDING, HARMFUL_TENSOR),
     "tensor, old format": lambda folder: put(folder, EMBEDDING, HARMFUL_TENSOR, legacy=True),
     "moment": lambda folder: put(folder, MOMENT, HARMFUL_TENSOR),
-    "object": lambda folder: put(folder, name_of_object(folder), Harmful()),
-    "object, old format": lambda folder: put(folder, name_of_object(folder), Harmful(), legacy=True),
-    "state.json": lambda folder: (folder / "state.json").write_bytes(pickle.dumps(Harmful())),
-    MANIFEST: lambda folder: (folder / MANIFEST).write_bytes(pickle.dumps(Harmful())),
+    "object": lambda folder: put(folder, name_of_object(folder), Canary(Path(CANARY))),
+    "object, old format": lambda folder: put(folder, name_of_object(folder), Canary(Path(CANARY)), legacy=True),
+    "state.json": lambda folder: (folder / "state.json").write_bytes(pickle.dumps(Canary(Path(CANARY)))),
+    MANIFEST: lambda folder: (folder / MANIFEST).write_bytes(pickle.dumps(Canary(Path(CANARY)))),
 }
 # What a reader does not read is no reason to refuse the rest.
 UNREAD = {

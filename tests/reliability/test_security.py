@@ -6,7 +6,6 @@ import json
 import pickle
 import resource
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from megatron_moe.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_moe.hugging_face.safetensors import read_header
 from megatron_moe.hugging_face.tokenizer import find_tokenizer
 from megatron_moe.train.restore import read_config
+from tests.helpers.canary import Canary
 from tests.helpers.cli import ROOT, run_cli
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import TINY, tiny_config
@@ -64,17 +64,9 @@ def test_what_a_configuration_names_is_not_called(arguments: list[str], tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
-class Touch:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.path,)
-
-
 @pytest.mark.parametrize("flag", ["--experimental-rerun", "--experimental-r"])
 def test_the_flag_of_hydra_that_reads_a_pickle_is_refused(flag: str, tmp_path: Path) -> None:
-    (tmp_path / "job.pickle").write_bytes(pickle.dumps(Touch(tmp_path / "canary")))
+    (tmp_path / "job.pickle").write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
     result = run_cli("pretrain.py", f"{flag}=job.pickle", cwd=tmp_path)
     assert result.returncode == 2
     assert result.stderr.startswith("error: --experimental-rerun=job.pickle: is refused")
@@ -210,16 +202,6 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_output(tmp_path: Path,
 
 
 # --- Tokenizers are data
-
-
-class Canary:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable, tuple[Path]]:
-        return Path.touch, (self.path,)
 
 
 @pytest.fixture

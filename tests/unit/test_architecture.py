@@ -6,7 +6,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ORDER = ["config", "plan", "distributed", "metrics", "model", "data", "optim", "checkpoint", "hugging_face", "train"]
+ORDER = [
+    "files",
+    "config",
+    "plan",
+    "distributed",
+    "metrics",
+    "model",
+    "data",
+    "optim",
+    "checkpoint",
+    "hugging_face",
+    "train",
+]
 MODULES = sorted((ROOT / "megatron_moe").rglob("*.py"))
 # What a command line needs before it is known to be right.
 WITHOUT_TORCH = [

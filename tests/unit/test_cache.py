@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from megatron_moe.data.cache import ArrayCache, Arrays
+from tests.helpers.canary import Canary
 
 KEY = {"seed": 1}
 EXPECTED = {"order": list(range(100)), "none": []}
@@ -88,16 +89,6 @@ def test_processes_share_one_build(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("got_by_*"))) == 4
     for name in ("cache", "local"):
         assert len([path for path in (tmp_path / name).iterdir() if path.is_dir()]) == 1
-
-
-class Canary:
-    """Touches a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable, tuple]:
-        return Path.touch, (self.path,)
 
 
 def truncate(folder: Path) -> None:

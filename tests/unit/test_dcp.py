@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_moe.checkpoint import dcp
 from megatron_moe.checkpoint.dcp import NewTensor, Rows, SavedTensors, write_checkpoint
 from megatron_moe.config.errors import ConfigError
+from tests.helpers.canary import Canary
 
+HARMFUL = Canary(Path("harm"))
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3)
 
 
@@ -79,14 +81,16 @@ def test_torch_reads_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(SavedTensors(tmp_path).tensors["matrix"].chunks) == 4
 
 
-class Harmful:
-    def __reduce__(self):
-        return (Path.touch, (Path("harm"),))
-
-
 @pytest.mark.parametrize(
     "data",
-    [pickle.dumps(Harmful()), pickle.dumps(Metadata({"x": Harmful()})), pickle.dumps(3), b"", b"garbage", b"\x80\x04."],
+    [
+        pickle.dumps(HARMFUL),
+        pickle.dumps(Metadata({"x": HARMFUL})),
+        pickle.dumps(3),
+        b"",
+        b"garbage",
+        b"\x80\x04.",
+    ],
     ids=["call", "nested", "number", "empty", "garbage", "cut"],
 )
 def test_an_index_runs_no_code(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +110,7 @@ def test_damaged_data_is_refused(tmp_path: Path, damage) -> None:
         SavedTensors(tmp_path).read("x", Rows(None, 0, 4))
 
 
-@pytest.mark.parametrize("value", [torch.randn(3, 4).t(), torch.randn(5, 3)[1:], torch.randn(3, 3), [Harmful()]])
+@pytest.mark.parametrize("value", [torch.randn(3, 4).t(), torch.randn(5, 3)[1:], torch.randn(3, 3), [HARMFUL]])
 def test_chunks_that_are_not_what_the_index_says_are_refused(tmp_path: Path, value: object) -> None:
     save_cut(tmp_path, torch.randn(4, 3), [[], []])
     index = dcp.read_index(tmp_path)

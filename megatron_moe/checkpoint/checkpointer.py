@@ -8,10 +8,10 @@ import io
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,7 @@ from megatron_moe.checkpoint.compatibility import (
 from megatron_moe.checkpoint.coverage import layouts_of, problems_of_coverage
 from megatron_moe.checkpoint.dcp import BACKEND, read_index
 from megatron_moe.checkpoint.manifest import rename_for_good, write_manifest
-from megatron_moe.checkpoint.optimizer_state import load_sharded_state, sharded_state
+from megatron_moe.checkpoint.optimizer_state import sharded_state
 from megatron_moe.checkpoint.reader import damage, load, refuse_damaged
 from megatron_moe.checkpoint.run_folder import (
     DAMAGED,
@@ -44,32 +44,36 @@ from megatron_moe.checkpoint.run_folder import (
     superfluous,
 )
 from megatron_moe.checkpoint.state import TrainState
-from megatron_moe.checkpoint.writer import SavePlans, Writer, Written, plan_save
+from megatron_moe.checkpoint.writer import SavePlan, Staging, Written, plan_save, write, write_index
 from megatron_moe.config.errors import ConfigError, TrainingError
 from megatron_moe.config.schema import Config, ModelConfig, OnDamage, Verify
 from megatron_moe.distributed.context import from_main
 from megatron_moe.optim.optimizer import set_num_updates
+
+T = TypeVar("T")
 
 
 class SaveError(OSError):
     """A checkpoint could not be written. The run can go on; the checkpoints before are as they were."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class PendingSave:
-    """A save that is being written.
+    """A save under way.
 
     Attributes:
         folder: its final name.
         description: what `state.json` will hold.
-        writer: of this rank.
-        written: what it has written.
+        is_copied: set when nothing is read from the model and the optimizer any more.
+        written: what this rank has written.
+        committed: what rank 0 does when all have written; None before that.
     """
 
     folder: Path
     description: dict[str, Any]
-    writer: Writer
+    is_copied: threading.Event
     written: Future[Written]
+    committed: Future[None] | None = None
 
 
 class Checkpointer:
@@ -91,7 +95,9 @@ class Checkpointer:
         self.model = model
         self.optimizer = optimizer
         self.fingerprints = fingerprints
-        self._plans = SavePlans()
+        self._plan: SavePlan | None = None
+        self._rng_state = torch.get_rng_state()
+        self._staging = Staging()
         self._pending: PendingSave | None = None
         self._removals = ThreadPoolExecutor(1, thread_name_prefix="removal")
 
@@ -106,9 +112,9 @@ class Checkpointer:
         return self._pending is not None
 
     @property
-    def is_written(self) -> bool:
-        """Whether this rank has done its part of the save that was begun."""
-        return self._pending is not None and self._pending.written.done()
+    def is_ready(self) -> bool:
+        """Whether this rank is done with what comes next of the save under way."""
+        return self._pending is not None and (self._pending.committed or self._pending.written).done()
 
     def save(self, state: TrainState) -> Path:
         """Save after `state.step` steps.
@@ -120,7 +126,9 @@ class Checkpointer:
         return self.finish()
 
     def begin(self, state: TrainState, *, background: bool = True) -> None:
-        """Begin to save; `finish` comes later. In the background: `wait_until_copied` comes before the next update.
+        """Begin to save; `finish` comes later.
+
+        In the background: `wait_until_copied` comes before the next update, and `go_on` when all ranks are ready.
 
         Raises:
             SaveError: the folder cannot be made.
@@ -134,21 +142,34 @@ class Checkpointer:
         folder = self.folder / f"step_{state.step:08}"
         partial = folder.with_suffix(PARTIAL)
         from_main(lambda: _make_anew(partial))
-        writer = plan_save(self.sharded_state_dict(is_loading=False), partial, self._plans, staged=background)
+        plan = self._planned()
         description = {
             **dataclasses.asdict(state),
             "world_size": dist.get_world_size(),
             "data": self.fingerprints,
             "config": plain(self.config),
         }
-        written = _in_thread(writer.write)
-        written.add_done_callback(lambda _: writer.is_copied.set())  # however it ended
-        self._pending = PendingSave(folder, description, writer, written)
+        is_copied = threading.Event()
+        written = _in_thread(lambda: write(self._copied(plan, is_copied) if background else plan, partial))
+        written.add_done_callback(lambda _: is_copied.set())  # however it ended
+        self._pending = PendingSave(folder, description, is_copied, written)
+
+    def _planned(self) -> SavePlan:
+        """What to write, found out by the first save: the tensors stay the same, and change in place."""
+        self._rng_state.copy_(torch.get_rng_state())
+        if self._plan is None or not self._plan.is_fixed:
+            self._plan = plan_save(self.sharded_state_dict())
+        return self._plan
+
+    def _copied(self, plan: SavePlan, is_copied: threading.Event) -> SavePlan:
+        copy = self._staging.copy(plan)
+        is_copied.set()
+        return copy
 
     def wait_until_copied(self) -> None:
         """Return once nothing of the save under way is read from the model and the optimizer any more."""
         if self._pending is not None:
-            self._pending.writer.is_copied.wait()
+            self._pending.is_copied.wait()
 
     def finish(self) -> Path:
         """Wait until all ranks have written, and give the checkpoint its name.
@@ -156,22 +177,47 @@ class Checkpointer:
         Raises:
             SaveError: on all ranks, if any could not write.
         """
+        if self._pending.committed is None:
+            self._collect()
         pending, self._pending = self._pending, None
+        from_main(pending.committed.result)
+        return pending.folder
+
+    def go_on(self) -> Path | None:
+        """As `finish`, but in two parts, so that the training need not wait; called when all ranks are ready.
+
+        Returns:
+            The checkpoint, when it has its name.
+
+        Raises:
+            SaveError: on all ranks, if any could not write.
+        """
+        if self._pending.committed is not None:
+            return self.finish()
+        self._collect()
+        return None
+
+    def _collect(self) -> None:
+        """Tell rank 0 what all have written, which begins to commit it."""
+        pending = self._pending
         try:
             mine: Written | str = pending.written.result()
         except Exception as error:  # of whatever kind: the other ranks wait
             mine = f"rank {dist.get_rank()}: {error}"
         parts: list[Any] = [None] * dist.get_world_size()
-        dist.gather_object(mine, parts if dist.get_rank() == 0 else None)
-        from_main(lambda: self._commit(pending, parts))
-        return pending.folder
-
-    def _commit(self, pending: PendingSave, parts: list[Written | str]) -> None:
-        partial = pending.folder.with_suffix(PARTIAL)
+        is_main = dist.get_rank() == 0
+        dist.gather_object(mine, parts if is_main else None)
         try:
-            if failures := [part for part in parts if isinstance(part, str)]:
-                raise SaveError("; ".join(failures))
-            pending.writer.finish(self._plans.metadata, [part.results for part in parts])
+            from_main(lambda: _refuse_failures(pending, parts))
+        except SaveError:
+            self._pending = None
+            raise
+        pending.committed = _in_thread(lambda: self._commit(pending, parts) if is_main else None)
+
+    def _commit(self, pending: PendingSave, parts: list[Written]) -> None:
+        partial = pending.folder.with_suffix(PARTIAL)
+        with _removed_on_failure(pending):
+            write_index(self._plan, parts, partial)
             (partial / "common.pt").write_bytes(_nothing_common())
             (partial / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
             (partial / "state.json").write_text(json.dumps(pending.description, indent=1), encoding="utf-8")
@@ -181,9 +227,6 @@ class Checkpointer:
             if pending.folder.exists():
                 self._remove(pending.folder)
             rename_for_good(partial, pending.folder)
-        except Exception as error:  # of whatever kind: the other ranks wait
-            shutil.rmtree(partial, ignore_errors=True)
-            raise SaveError(f"{pending.folder}: {error}") from error
         with contextlib.suppress(OSError):  # what stays only takes room
             for old in superfluous(self.folder, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every):
                 self._remove(old)
@@ -247,21 +290,20 @@ class Checkpointer:
         return saved_steps(self.folder)[::-1]
 
     def _load(self, checkpoint: Path, state: TrainState, *, with_rng: bool) -> None:
-        request = self.sharded_state_dict(is_loading=True, with_rng=with_rng)
+        request = self.sharded_state_dict(with_rng=with_rng)
         load(request, checkpoint)
-        for part, places in zip(self._optimizer_parts(), request["optimizer"], strict=True):
-            load_sharded_state(part, places)
+        for part in self._optimizer_parts():
             set_num_updates(part, state.step - state.skipped_steps)
         if with_rng:
-            torch.set_rng_state(request["rng"].data.view(-1))
+            torch.set_rng_state(self._rng_state)
 
-    def sharded_state_dict(self, *, is_loading: bool, with_rng: bool = True) -> dict[str, Any]:
-        """This rank's tensors with their names and places in the whole model."""
+    def sharded_state_dict(self, *, with_rng: bool = True) -> dict[str, Any]:
+        """This rank's tensors, not copies, with their names and places in the whole model."""
         state: dict[str, Any] = {name: chunk.sharded_state_dict() for name, chunk in _named_chunks(self.model)}
-        state["optimizer"] = [sharded_state(part, state, is_loading=is_loading) for part in self._optimizer_parts()]
+        state["optimizer"] = [sharded_state(part, state) for part in self._optimizer_parts()]
         if with_rng:
             place = (0, dist.get_rank(), dist.get_world_size())
-            state["rng"] = ShardedTensor.from_rank_offsets("rng", torch.get_rng_state()[None], place)
+            state["rng"] = ShardedTensor.from_rank_offsets("rng", self._rng_state[None], place)
         return state
 
     def _optimizer_parts(self) -> list[DistributedOptimizer]:
@@ -288,9 +330,25 @@ def load_weights(
     load({name: chunk.sharded_state_dict() for name, chunk in _named_chunks(model)}, checkpoint)
 
 
-def _in_thread(function: Callable[[], Written]) -> Future[Written]:
+@contextlib.contextmanager
+def _removed_on_failure(pending: PendingSave) -> Iterator[None]:
+    """Leave nothing of a save that fails."""
+    try:
+        yield
+    except Exception as error:  # of whatever kind: the other ranks wait
+        shutil.rmtree(pending.folder.with_suffix(PARTIAL), ignore_errors=True)
+        raise SaveError(f"{pending.folder}: {error}") from error
+
+
+def _refuse_failures(pending: PendingSave, parts: list[Written | str]) -> None:
+    if failures := [part for part in parts if isinstance(part, str)]:
+        with _removed_on_failure(pending):
+            raise SaveError("; ".join(failures))
+
+
+def _in_thread(function: Callable[[], T]) -> Future[T]:
     """Call in a thread that does not keep a process alive which has failed."""
-    future: Future[Written] = Future()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:

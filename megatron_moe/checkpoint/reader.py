@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreLoadPlanner,
@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner_helpers import (
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.futures import Future
 
+from megatron_moe.checkpoint.chunks import as_chunk
 from megatron_moe.checkpoint.dcp import read_index
 from megatron_moe.checkpoint.manifest import THREADS, problems_of, read_manifest, shares
 from megatron_moe.config.errors import ConfigError
@@ -74,6 +75,7 @@ def load(request: ShardedStateDict, folder: Path) -> None:
     """
     reader = _agreed_reader(folder)
     sharded, _ = extract_sharded_base(load_preprocess(request)[0])
+    dict_list_map_inplace(_as_chunk, sharded)
     by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded)
     to_validate = [place for place in nested_values(sharded) if isinstance(place, ShardedTensor)]
     planner = _Planner(shapes_validation_sharded_tensors=to_validate)
@@ -143,12 +145,16 @@ class _Planner(MCoreLoadPlanner):
             saved = {(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks}
             wanted = _create_chunk_list(value)
             if all((tuple(chunk.offsets), tuple(chunk.sizes)) in saved for chunk in wanted):
-                return [_read_of_all(MetadataIndex(name, chunk.offsets), chunk.sizes) for chunk in wanted]
+                return [_read_of_all(MetadataIndex(name, c.offsets, i), c.sizes) for i, c in enumerate(wanted)]
         return _create_read_items(name, entry, value)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """An object of a module: nothing but plain values and tensors."""
         self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def _as_chunk(place: ShardedBase) -> ShardedBase:
+    return as_chunk(place) if isinstance(place, ShardedTensor) else place
 
 
 def _read_of_all(chunk: MetadataIndex, sizes: torch.Size) -> ReadItem:

@@ -1,4 +1,4 @@
-"""Writes checkpoints: megatron-core plans which rank writes what, threads of this process write it.
+"""Writes checkpoints in torch's distributed format, as megatron-core has it; threads of this process write the files.
 
 megatron-core 0.16.1 forks a process for each file and starts one more that collects the results
 (strategies/filesystem_async.py), which takes seconds, is unsafe beside the threads of gloo and NCCL, and waits for ever
@@ -7,161 +7,204 @@ for a process that was killed.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import io
 import os
-import threading
+import pickle
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import (
-    DEFAULT_SUFFIX,
-    SerializationFormat,
-    _split_by_size_and_type,
-    _StorageWriterTransforms,
-    _write_item,
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_moe.checkpoint.chunks import as_chunk
 from megatron_moe.checkpoint.manifest import FileEntry, Files
 
 FILES_A_RANK = 2  # each written by a thread
-FORMAT = SerializationFormat.TORCH_SAVE
+Entries = dict[str, TensorStorageMetadata | BytesStorageMetadata]
 
 
-@dataclass
-class SavePlans:
-    """What the first save of a run found out, and the others use: tensors change, their names and places do not.
+@dataclass(frozen=True)
+class Item:
+    """What a rank writes of a tensor, or an object.
 
     Attributes:
-        central: what this rank writes.
-        local: what it asked to write.
-        metadata: the index, but for the places; on rank 0.
-        staging: host memory that tensors are copied to, so that it is taken once.
+        index: its name and its place in the whole tensor.
+        entry: what the checkpoint's index says of it.
+        data: a tensor, or the bytes of an object.
     """
 
-    central: SavePlan | None = None
-    local: SavePlan | None = None
-    metadata: Metadata | None = None
-    staging: dict[MetadataIndex, Tensor] = field(default_factory=dict)
+    index: MetadataIndex
+    entry: TensorStorageMetadata | BytesStorageMetadata
+    data: Tensor | bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Its size."""
+        return self.data.nbytes if isinstance(self.data, Tensor) else len(self.data)
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """What a rank writes: in every save of a run the same tensors, with other values.
+
+    Attributes:
+        files: by name.
+        entries: of all ranks; on rank 0.
+        is_fixed: whether no module has an object beside its tensors, whose bytes would be those of this save.
+    """
+
+    files: dict[str, list[Item]]
+    entries: Entries
+    is_fixed: bool
 
 
 @dataclass(frozen=True)
 class Written:
-    """What a rank has written: where each tensor lies, and the files."""
+    """What a rank has written: where each item lies, and the files."""
 
-    results: list[WriteResult]
+    places: dict[MetadataIndex, _StorageInfo]
     files: Files
 
 
-def plan_save(state: ShardedStateDict, folder: Path, plans: SavePlans, *, staged: bool) -> Writer:
+def plan_save(state: ShardedStateDict) -> SavePlan:
     """Agree which rank writes what; on all ranks. Nothing is written yet.
 
     Args:
         state: this rank's tensors with their places in the whole model.
-        folder: that the files go to.
-        plans: of this run; filled by its first save, which also checks that all of each tensor is saved once.
-        staged: copy everything before it is written, so that training can go on meanwhile.
     """
-    known = plans.central is not None
-    sharded, _ = save_preprocess(state, not known)
-    by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    writer = Writer(folder, plans.staging if staged else None)
-    planned = save_state_dict_async_plan(
-        mcore_to_pyt_state_dict(by_key, False),
-        writer,
-        planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        cached_ckpt_structure=(plans.central, plans.local, known),
+    sharded, _ = save_preprocess(state, True)
+    mine = [place for place in nested_values(sharded) if is_main_replica(place.replica_id)]
+    items = [_item(place) for place in mine]
+    entries: list[Any] = [None] * dist.get_world_size()
+    found = [(item.index.fqn, item.entry) for item in items]
+    dist.gather_object(found, entries if dist.get_rank() == 0 else None)
+    is_main = dist.get_rank() == 0
+    is_fixed = all(place.data is None for place in mine if isinstance(place, ShardedObject))
+    return SavePlan(_dealt(items), _merged(entry for rank in entries for entry in rank) if is_main else {}, is_fixed)
+
+
+def _item(place: ShardedTensor | ShardedObject) -> Item:
+    if isinstance(place, ShardedObject):
+        buffer = io.BytesIO()
+        torch.save([place.data], buffer)
+        return Item(MetadataIndex(place.unique_key), BytesStorageMetadata(), buffer.getvalue())
+    chunk = as_chunk(place)
+    offset, size = torch.Size(chunk.global_offset), torch.Size(chunk.local_shape)
+    properties = TensorProperties.create_from_tensor(chunk.data)
+    entry = TensorStorageMetadata(properties, torch.Size(chunk.global_shape), [ChunkStorageMetadata(offset, size)])
+    return Item(MetadataIndex(chunk.key, offset), entry, chunk.data)
+
+
+def _merged(entries: Iterable[tuple[str, TensorStorageMetadata | BytesStorageMetadata]]) -> Entries:
+    merged: Entries = {}
+    for name, entry in entries:
+        if isinstance(entry, TensorStorageMetadata) and name in merged:
+            merged[name].chunks.extend(entry.chunks)
+        else:
+            merged[name] = entry
+    return merged
+
+
+def _dealt(items: list[Item]) -> dict[str, list[Item]]:
+    """To files of about the same size."""
+    files: dict[str, list[Item]] = {f"__{dist.get_rank()}_{i}.distcp": [] for i in range(FILES_A_RANK)}
+    sizes = dict.fromkeys(files, 0)
+    for item in sorted(items, key=lambda item: item.nbytes, reverse=True):
+        smallest = min(sizes, key=sizes.__getitem__)
+        files[smallest].append(item)
+        sizes[smallest] += item.nbytes
+    return {name: content for name, content in files.items() if content}
+
+
+class Staging:
+    """Host memory that tensors are copied to before they are written, taken once."""
+
+    def __init__(self) -> None:
+        self._memory: dict[MetadataIndex, Tensor] = {}
+
+    def copy(self, plan: SavePlan) -> SavePlan:
+        """The same with tensors that the training does not change."""
+        tensors = [item.data for items in plan.files.values() for item in items if isinstance(item.data, Tensor)]
+        with _beside_the_training(tensors[0].device):
+            files = {name: [self._copied(item) for item in items] for name, items in plan.files.items()}
+        return dataclasses.replace(plan, files=files)
+
+    def _copied(self, item: Item) -> Item:
+        if not isinstance(item.data, Tensor):
+            return item
+        if item.index not in self._memory:
+            self._memory[item.index] = torch.empty_like(item.data, device="cpu", pin_memory=item.data.is_cuda)
+        return dataclasses.replace(item, data=self._memory[item.index].copy_(item.data, non_blocking=True))
+
+
+@contextmanager
+def _beside_the_training(device: torch.device) -> Iterator[None]:
+    """On a GPU: copies on a stream of their own, after what is under way; all are done in the end."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+def write(plan: SavePlan, folder: Path) -> Written:
+    """Write this rank's files; they are on disk when this returns.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+    with ThreadPoolExecutor(FILES_A_RANK) as pool:
+        parts = list(pool.map(lambda name: _write_file(folder / name, plan.files[name]), plan.files))
+    return Written(
+        {index: place for places, _ in parts for index, place in places.items()},
+        {name: entry for name, (_, entry) in zip(plan.files, parts, strict=True)},
     )
-    (_, metadata, _), plans.central, plans.local, _, _ = planned
-    if not known and metadata is not None:
-        del metadata.all_local_plans  # only for a cache of megatron-core's that is not used here
-        plans.metadata = metadata
-    return writer
 
 
-class Writer(FileSystemWriterAsync):
-    """One rank's part of a save.
+def _write_file(path: Path, items: list[Item]) -> tuple[dict[MetadataIndex, _StorageInfo], FileEntry]:
+    places = {}
+    with path.open("wb") as file:
+        stream = _DigestingStream(file)
+        for item in items:
+            start = stream.tell()
+            if isinstance(item.data, Tensor):
+                torch.save(_whole(item.data), stream)
+            else:
+                stream.write(item.data)
+            places[item.index] = _StorageInfo(path.name, start, stream.tell() - start)
+        file.flush()
+        os.fsync(file.fileno())
+    return places, FileEntry(stream.tell(), stream.digest.hexdigest())
 
-    Source: megatron-core 0.16.1, strategies/filesystem_async.py, whose format this is.
-    """
 
-    def __init__(self, folder: Path, staging: dict[MetadataIndex, Tensor] | None) -> None:
-        super().__init__(str(folder), thread_count=FILES_A_RANK)
-        self._folder = folder
-        self._staging = staging
-        self._contents: dict[str, list[tuple[WriteItem, Any]]] = {}
-        self.is_copied = threading.Event()
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As it is: rank 0 makes the folder, and says so where it cannot."""
-        return plan
-
-    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
-        """Deal the tensors out to files."""
-        prefix = plan.storage_data.prefix
-        parts = [part for part in _split_by_size_and_type(self.thread_count, plan.items) if part]
-        for number, part in enumerate(parts):
-            contents = [(item, planner.resolve_data(item)) for item in part]
-            self._contents[f"{prefix}{number}{DEFAULT_SUFFIX}"] = contents
-
-    def write(self) -> Written:
-        """Copy what must be, then write this rank's files, until they are on disk.
-
-        Raises:
-            OSError: the disk is full, say.
-        """
-        self._stage()
-        self.is_copied.set()
-        with ThreadPoolExecutor(FILES_A_RANK) as pool:
-            parts = list(pool.map(self._write_file, self._contents))
-        names = list(self._contents)
-        self._contents.clear()
-        return Written(
-            [result for results, _ in parts for result in results],
-            {name: entry for name, (_, entry) in zip(names, parts, strict=True)},
-        )
-
-    def storage_meta(self) -> StorageMeta:
-        """Nothing that would differ between two saves of the same."""
-        return StorageMeta()
-
-    def _stage(self) -> None:
-        if self._staging is not None:
-            for name, contents in self._contents.items():
-                self._contents[name] = [(item, self._copy(item, data)) for item, data in contents]
-
-    def _copy(self, item: WriteItem, data: Any) -> Any:
-        if not isinstance(data, Tensor):
-            return data
-        if item.index not in self._staging:
-            self._staging[item.index] = torch.empty_like(data, device="cpu", memory_format=torch.contiguous_format)
-        return self._staging[item.index].copy_(data.detach())
-
-    def _write_file(self, name: str) -> tuple[list[WriteResult], FileEntry]:
-        with (self._folder / name).open("wb") as file:
-            stream = _DigestingStream(file)
-            results = [
-                _write_item(_StorageWriterTransforms(), stream, _whole(data), item, name, FORMAT)
-                for item, data in self._contents[name]
-            ]
-            file.flush()
-            os.fsync(file.fileno())
-        return results, FileEntry(stream.tell(), stream.digest.hexdigest())
+def write_index(plan: SavePlan, written: Iterable[Written], folder: Path) -> None:
+    """Write `.metadata`, on rank 0. Nothing in it differs between two saves of the same."""
+    places = {index: place for rank in written for index, place in rank.places.items()}
+    index = Metadata(plan.entries, storage_data=places, storage_meta=StorageMeta())
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
 
 
 class _DigestingStream:
@@ -184,13 +227,8 @@ class _DigestingStream:
     def flush(self) -> None:
         self._file.flush()
 
-    def close(self) -> None:
-        """Of a single tensor: the file goes on."""
 
-
-def _whole(data: Any) -> Any:
+def _whole(data: Tensor) -> Tensor:
     """On the CPU, and alone in its storage: torch saves all of a storage that a tensor is a part of."""
-    if not isinstance(data, Tensor):
-        return data
-    data = data.detach().cpu()
+    data = data.cpu()
     return data.clone() if data.untyped_storage().nbytes() != data.nbytes else data

@@ -15,7 +15,6 @@ from megatron.core.optimizer import (
 )
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
 
 from megatron_moe.config.schema import Config, Dtype
 
@@ -65,17 +64,6 @@ def _prepare(part: DistributedOptimizer) -> None:
             group["fused"] = True
     part.init_state_fn(part.optimizer, part.config)
     set_num_updates(part, 0)
-
-
-def load_state(part: DistributedOptimizer, tensors: dict[int, dict[str, Tensor]]) -> None:
-    """Take over loaded main parameters and moments; `set_num_updates` comes after.
-
-    megatron-core 0.16.1 copies every entry of torch's state and finds no saved "step" (distrib_optimizer.py:940), so
-    that entry is away meanwhile.
-    """
-    for state in part.optimizer.state.values():
-        state.pop("step", None)
-    part.load_parameter_state_from_fully_reshardable(tensors)
 
 
 def set_num_updates(part: DistributedOptimizer, num_updates: int) -> None:

@@ -18,7 +18,7 @@ class Agreement:
         loss: mean language-model loss in nats per target; nan if no target counts.
         finite: whether the loss, and the gradient on every rank, are finite.
         stop: whether any rank was asked to stop.
-        saved: whether every rank's background writer is done.
+        saved: whether every rank is ready for what comes next of the save under way.
     """
 
     loss: float
@@ -34,7 +34,7 @@ def agree(loss: Tensor, *, finite_gradient: bool, stop: bool, saved: bool) -> Ag
         loss: of this rank, as `Pipeline.run` returns it.
         finite_gradient: of this rank.
         stop: whether this rank was asked to stop.
-        saved: whether this rank's background writer is done.
+        saved: whether this rank is ready for what comes next of the save under way.
     """
     flags = torch.tensor([not finite_gradient, stop, not saved], dtype=torch.float64, device=loss.device)
     sums = torch.cat((loss.double(), flags))

@@ -176,7 +176,7 @@ def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
             count,
             run.guard,
             stop_requested=signals.stop_requested,
-            writer_done=lambda: run.checkpointer.is_written,
+            save_ready=lambda: run.checkpointer.is_ready,
             before_update=run.checkpointer.wait_until_copied,
         )
     except TrainingError:  # on all ranks; what was begun to be saved is good
@@ -234,7 +234,7 @@ def _save(run: Run, agreement: Agreement) -> None:
         TrainingError: the last step cannot be saved.
     """
     if agreement.saved:
-        run.saving.finish()
+        run.saving.go_on()
     if run.state.step == run.last_step or agreement.stop:
         run.saving.save_last(run.state)
     elif run.is_due(run.config.checkpoint.save_interval):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_moe.checkpoint.checkpointer import Checkpointer, SaveError
 from megatron_moe.checkpoint.run_folder import step_of
@@ -44,6 +45,10 @@ class Saving:
         """Finish the save under way, if there is one."""
         self._tolerant(self._finish)
 
+    def go_on(self) -> None:
+        """Do what comes next of the save under way, for which all ranks are ready."""
+        self._tolerant(lambda: self._wait(self._checkpointer.go_on))
+
     def save_last(self, state: TrainState) -> None:
         """Save before the run ends, unless this step is saved already.
 
@@ -68,14 +73,17 @@ class Saving:
         self._waited_s = time.perf_counter() - start
 
     def _finish(self) -> None:
-        if not self._checkpointer.is_saving:
-            return
+        if self._checkpointer.is_saving:
+            self._wait(self._checkpointer.finish)
+
+    def _wait(self, action: Callable[[], Path | None]) -> None:
         start = time.perf_counter()
         watchdog.alive()
-        folder = self._checkpointer.finish()
-        self._saved_step = step_of(folder)
-        waited_s = self._waited_s + time.perf_counter() - start
-        self._say(f"step {self._saved_step} | saved {folder} in {waited_s:.1f} s")
+        folder = action()
+        self._waited_s += time.perf_counter() - start
+        if folder is not None:
+            self._saved_step = step_of(folder)
+            self._say(f"step {self._saved_step} | saved {folder} in {self._waited_s:.1f} s")
 
     def _tolerant(self, action: Callable[[], None]) -> None:
         try:

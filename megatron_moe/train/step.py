@@ -110,7 +110,7 @@ def train_step(
     guard: Guard | None = None,
     *,
     stop_requested: Callable[[], bool] = lambda: False,
-    writer_done: Callable[[], bool] = lambda: True,
+    save_ready: Callable[[], bool] = lambda: True,
     before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward, backward and update over one global batch.
@@ -122,7 +122,7 @@ def train_step(
         num_micro_batches: to take from each.
         guard: skips the update where it must not be done; None: it always is.
         stop_requested: whether this rank was asked to stop, asked once after the backward pass.
-        writer_done: whether this rank's background writer is done, asked at the same time.
+        save_ready: whether this rank is ready for what comes next of the save under way, asked at the same time.
         before_update: waits until nothing else reads weights and moments.
 
     Raises:
@@ -137,7 +137,7 @@ def train_step(
     get_model_config(pipeline.model[0]).finalize_model_grads_func = finalize_model_grads
     loss = pipeline.run(batches, num_micro_batches, forward_only=False)
     grad_norm, finite_gradient = prepare_gradients(optimizer)
-    agreement = agree(loss, finite_gradient=finite_gradient, stop=stop_requested(), saved=writer_done())
+    agreement = agree(loss, finite_gradient=finite_gradient, stop=stop_requested(), saved=save_ready())
     skipped = guard.judge(agreement.loss, grad_norm, finite=agreement.finite) if guard is not None else None
     if skipped is None:
         before_update()

@@ -71,7 +71,7 @@ def asked() -> tuple[bool, bool, str | None]:
             num_micro_batches,
             run.guard,
             stop_requested=lambda: is_second,
-            writer_done=lambda: is_second,
+            save_ready=lambda: is_second,
         )
         return result.agreement.stop, result.agreement.saved, result.skipped
 

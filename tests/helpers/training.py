@@ -93,7 +93,7 @@ def optimizer_shards(checkpointer: Any, state: str) -> list[Shard]:
     from megatron_moe.model.build import sharded_tensors
 
     prefix = f"optimizer.state.{state}."
-    shards = sharded_tensors(checkpointer.sharded_state_dict(is_loading=False)["optimizer"])
+    shards = sharded_tensors(checkpointer.sharded_state_dict()["optimizer"])
     return [
         (t.key.removeprefix(prefix), t.global_shape, t.global_offset, t.data.numpy().copy())
         for t in shards
@@ -109,4 +109,5 @@ def assemble(by_rank: list[list[Shard]]) -> dict[str, np.ndarray]:
         sizes = (1,) * (len(shape) - values.ndim) + values.shape
         window = tuple(slice(start, start + size) for start, size in zip(offset, sizes, strict=True))
         whole[window] = values.reshape(sizes)
+    assert not any(np.isnan(whole).any() for whole in wholes.values()), "values that no rank has"
     return wholes

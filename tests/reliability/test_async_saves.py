@@ -28,23 +28,23 @@ def both_ways(layout: str, folder: str, *overrides: str) -> tuple[dict, dict, li
     Returns:
         The files of each save, and digests of the weights when the second began and when it was written.
     """
-    from megatron_moe.checkpoint.writer import Writer
+    from megatron_moe.checkpoint import writer
 
-    go_on, write_file = threading.Event(), Writer._write_file
+    go_on, write_file = threading.Event(), writer._write_file
     with small_run(layout, folder, *overrides) as (run, step):
         step()
         step()
         waited = contents(run.checkpointer.save(run.state))
         dist.barrier()
         digests = [weights_digest(run)]
-        Writer._write_file = lambda self, name: go_on.wait() and write_file(self, name)
+        writer._write_file = lambda *args: go_on.wait() and write_file(*args)
         run.checkpointer.begin(run.state)
         run.checkpointer.wait_until_copied()
         step()
         step()
         torch.rand(3)  # other random numbers, too
         digests.append(weights_digest(run))
-        assert not run.checkpointer.is_written
+        assert not run.checkpointer.is_ready
         go_on.set()
         background = contents(run.checkpointer.finish())
         dist.barrier()
@@ -88,35 +88,35 @@ def train_and_listen(layout: str, folder: str, failures: dict[int, list[int]], *
     Returns:
         The lines it prints, the TrainingError that ends it, and the SaveErrors that this rank saw.
     """
+    from megatron_moe.checkpoint import checkpointer
     from megatron_moe.checkpoint.checkpointer import Checkpointer, SaveError
-    from megatron_moe.checkpoint.writer import Writer
     from megatron_moe.distributed.context import distributed
     from megatron_moe.train.loop import train
 
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     config = tiny_config(*SMALL, f"parallel={layout}", f"run.dir={folder}", *overrides, world_size=world_size)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    count, errors, begin, finish, write = 0, [], Checkpointer.begin, Checkpointer.finish, Writer.write
+    count, errors, begin, collect, write = 0, [], Checkpointer.begin, Checkpointer._collect, checkpointer.write
 
-    def fail_or_write(self: Writer) -> object:
+    def fail_or_write(*args: object) -> object:
         nonlocal count
         count += 1
         if count in failures.get(rank, []):
             raise OSError(5, "Input/output error")
-        return write(self)
+        return write(*args)
 
     def begin_and_wait(self: Checkpointer, *args: object, **options: bool) -> None:
         begin(self, *args, **options)
         wait([self._pending.written])  # so that the next step sees it, however slow the disk
 
-    def finish_and_note(self: Checkpointer) -> Path:
+    def collect_and_note(self: Checkpointer) -> None:
         try:
-            return finish(self)
+            collect(self)
         except SaveError as error:
             errors.append(str(error))
             raise
 
-    Writer.write, Checkpointer.begin, Checkpointer.finish = fail_or_write, begin_and_wait, finish_and_note
+    checkpointer.write, Checkpointer.begin, Checkpointer._collect = fail_or_write, begin_and_wait, collect_and_note
     out, end = io.StringIO(), None
     context = distributed(config.parallel, init_method=os.environ["MEGATRON_MOE_INIT_METHOD"])
     with contextlib.redirect_stdout(out):
@@ -176,22 +176,22 @@ def test_a_failed_save_before_the_last_step_is_made_up_for(tmp_path: Path) -> No
 
 def is_noticed(layout: str, folder: str) -> list[bool]:
     """On each rank: whether all ranks agree that a save is written, while rank 1's is not and when it is."""
-    from megatron_moe.checkpoint.writer import Writer
+    from megatron_moe.checkpoint import checkpointer
     from megatron_moe.train.agreement import agree
 
-    go_on, write, seen = threading.Event(), Writer.write, []
+    go_on, write, seen = threading.Event(), checkpointer.write, []
     with small_run(layout, folder) as (run, step):
         step()
         if dist.get_rank() == 1:
-            Writer.write = lambda self: go_on.wait() and write(self)
+            checkpointer.write = lambda *args: go_on.wait() and write(*args)
         run.checkpointer.begin(run.state)
         if dist.get_rank() == 0:
             wait([run.checkpointer._pending.written])
         for _ in range(2):
             loss = torch.tensor([1.0, 1.0])
-            seen.append(agree(loss, finite_gradient=True, stop=False, saved=run.checkpointer.is_written).saved)
+            seen.append(agree(loss, finite_gradient=True, stop=False, saved=run.checkpointer.is_ready).saved)
             go_on.set()
-            while not run.checkpointer.is_written:
+            while not run.checkpointer.is_ready:
                 time.sleep(0.01)
         run.checkpointer.finish()
     return seen

@@ -29,7 +29,7 @@ ALL = [
 
 def train_until_stopped(overrides: list[str], moment: str, number: int, victim: int) -> int:
     """On each rank: train, with a signal to one of them; the step after which it stopped."""
-    from megatron_moe.checkpoint.writer import Writer
+    from megatron_moe.checkpoint import checkpointer
     from megatron_moe.config.errors import Preempted
     from megatron_moe.distributed import signals
     from megatron_moe.distributed.context import distributed
@@ -54,7 +54,7 @@ def train_until_stopped(overrides: list[str], moment: str, number: int, victim: 
     elif moment == "evaluation":
         loop.held_out_loss = interrupted(loop.held_out_loss, 1)
     else:
-        Writer.write = interrupted(Writer.write, 1)
+        checkpointer.write = interrupted(checkpointer.write, 1)
     config = tiny_config(*overrides, world_size=int(os.environ["WORLD_SIZE"]))
     rendezvous = os.environ["MEGATRON_MOE_INIT_METHOD"]
     with runs_of_the_loop(), distributed(config.parallel, init_method=rendezvous) as context:

@@ -50,7 +50,7 @@ def measure(run: Any, batches: list[Any], bare: Path, seconds: Seconds) -> int:
     from megatron_moe.model.build import sharded_tensors
     from megatron_moe.train.step import train_step
 
-    shards = sharded_tensors(run.checkpointer.sharded_state_dict(is_loading=False))
+    shards = sharded_tensors(run.checkpointer.sharded_state_dict())
     tensors = {f"{shard.key}{shard.global_offset}": shard.data.detach() for shard in shards}
     timed(seconds, "torch save", lambda: dcp.save(tensors, checkpoint_id=str(bare)))
     run.state.advance(1)
@@ -60,14 +60,22 @@ def measure(run: Any, batches: list[Any], bare: Path, seconds: Seconds) -> int:
         waited(lambda: run.checkpointer.begin(run.state))
         copied = run.checkpointer.wait_until_copied
         train_step(run.pipeline, run.optimizer, batches, 1, before_update=lambda: waited(copied))
-        run.checkpointer._pending.written.result()
-        folder = waited(run.checkpointer.finish)
+        folder = None
+        while folder is None:
+            wait_for(lambda: run.checkpointer.is_ready)
+            folder = waited(run.checkpointer.go_on)
     empty = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
     timed(seconds, "torch load", lambda: dcp.load(empty, checkpoint_id=str(bare)))
     timed(seconds, "verify", lambda: check_whole(folder))
     timed(seconds, "load", lambda: run.checkpointer._load(folder, run.state, with_rng=True))
     shutil.rmtree(bare)
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Look until it holds, without taking a core."""
+    while not condition():
+        time.sleep(0.01)
 
 
 def timed(seconds: Seconds, name: str, action: Callable[[], Any]) -> None:

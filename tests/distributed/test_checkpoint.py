@@ -1,5 +1,6 @@
 """Parameters, moments and position survive in any layout."""
 
+import io
 import json
 from pathlib import Path
 
@@ -129,3 +130,38 @@ def test_an_imported_model_is_no_run_to_go_on_with(tmp_path: Path) -> None:
         AssertionError, match="holds an imported model, weights only; start another run with checkpoint"
     ):
         run_ranks(weights, 1, [f"run.dir={tmp_path}"])
+
+
+def save_what_changes_beside_tensors(folder: str) -> tuple[list[int], bool]:
+    """Three saves with an object of a module that counts them; what the last two hold of it, and whether the last has
+    the random state of its time."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from megatron_moe.checkpoint.dcp import read_index
+
+    with tiny_run([f"run.dir={folder}"]) as (run, _, _):
+        plain, saves, found = run.checkpointer.sharded_state_dict, [], []
+
+        def with_object(**options: bool) -> dict:
+            saves.append(len(saves))
+            return {**plain(**options), "extra": ShardedObject("extra", saves[-1], (1,), (0,))}
+
+        run.checkpointer.sharded_state_dict = with_object
+        for _ in range(3):
+            torch.rand(3)
+            run.state.advance(1)
+            checkpoint = run.checkpointer.save(run.state)
+            places = {index.fqn: place for index, place in read_index(checkpoint).storage_data.items()}
+            place = places["extra/shard_0_1"]
+            content = (checkpoint / place.relative_path).read_bytes()[place.offset : place.offset + place.length]
+            found += torch.load(io.BytesIO(content), weights_only=True)
+        random = torch.get_rng_state()
+        torch.rand(3)
+        run.checkpointer.load_latest()
+        return found, torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_later_save_has_what_changed_beside_tensors(tmp_path: Path) -> None:
+    found, is_random_state = run_ranks(save_what_changes_beside_tensors, 1, str(tmp_path))[0]
+    assert found == [0, 1, 2]
+    assert is_random_state

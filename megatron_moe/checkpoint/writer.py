@@ -39,7 +39,7 @@ from torch.distributed.checkpoint.metadata import (
 from megatron_moe.checkpoint.chunks import as_chunk
 from megatron_moe.checkpoint.manifest import FileEntry, Files
 
-FILES_A_RANK = 2  # each written by a thread
+MAX_FILES = 4  # of a rank, each written by a thread
 Entries = dict[str, TensorStorageMetadata | BytesStorageMetadata]
 
 
@@ -127,7 +127,8 @@ def _merged(entries: Iterable[tuple[str, TensorStorageMetadata | BytesStorageMet
 
 def _dealt(items: list[Item]) -> dict[str, list[Item]]:
     """To files of about the same size."""
-    files: dict[str, list[Item]] = {f"__{dist.get_rank()}_{i}.distcp": [] for i in range(FILES_A_RANK)}
+    count = min(MAX_FILES, max(2, torch.get_num_threads()))
+    files: dict[str, list[Item]] = {f"__{dist.get_rank()}_{i}.distcp": [] for i in range(count)}
     sizes = dict.fromkeys(files, 0)
     for item in sorted(items, key=lambda item: item.nbytes, reverse=True):
         smallest = min(sizes, key=sizes.__getitem__)
@@ -176,7 +177,7 @@ def write(plan: SavePlan, folder: Path) -> Written:
     Raises:
         OSError: the disk is full, say.
     """
-    with ThreadPoolExecutor(FILES_A_RANK) as pool:
+    with ThreadPoolExecutor(len(plan.files)) as pool:
         parts = list(pool.map(lambda name: _write_file(folder / name, plan.files[name]), plan.files))
     return Written(
         {index: place for places, _ in parts for index, place in places.items()},

@@ -98,10 +98,6 @@ def _pinned_positions() -> None:
     rotary_pos_embedding.get_pos_emb_on_this_cp_rank = slice_for_rank
 
 
-def _tensor_cuda() -> None:
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-
-
 def _split_sizes() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
@@ -160,7 +156,6 @@ WORKAROUNDS: dict[str, Callable[[], None]] = {
     "synchronize": _synchronize,
     "streams": _streams,
     "pinned_positions": _pinned_positions,
-    "tensor_cuda": _tensor_cuda,
     "split_sizes": _split_sizes,
     "uneven_parts": _uneven_parts,
 }

@@ -70,8 +70,6 @@ def set_num_updates(part: DistributedOptimizer, num_updates: int) -> None:
     """Set the number of updates done, which AdamW's bias correction depends on; skipped steps are none.
 
     Torch keeps it with each parameter, the fused optimizers of Apex and Transformer Engine with each group.
-    megatron-core's own loading (0.16.1, distrib_optimizer.py:839) gives all parameters one tensor, which torch then
-    increments once per parameter; here each has its own.
     """
     for group in part.optimizer.param_groups:
         if isinstance(part.optimizer, torch.optim.AdamW):

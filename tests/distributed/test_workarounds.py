@@ -15,9 +15,8 @@ EXERCISE = {  # what needs it, where one rank of the plain model does not
     "synchronize": ["parallel=pp2"],
     "uneven_parts": ["parallel=tp2_ep2", "parallel.expert_tensor_parallel_size=2"],
     "latent_projections": MLA,
-    "tensor_cuda": ["parallel=dp2"],  # a save
 }
-RANKS = {"split_sizes": 2, "tensor_cuda": 2, "pinned_positions": 2, "synchronize": 2, "uneven_parts": 4}
+RANKS = {"split_sizes": 2, "pinned_positions": 2, "synchronize": 2, "uneven_parts": 4}
 
 
 def train_without(name: str, overrides: list[str]) -> None:

@@ -192,13 +192,20 @@ def _write_file(path: Path, items: list[Item]) -> tuple[dict[MetadataIndex, _Sto
         for item in items:
             start = stream.tell()
             if isinstance(item.data, Tensor):
-                torch.save(_whole(item.data), stream)
+                _save(_whole(item.data), stream)
             else:
                 stream.write(item.data)
             places[item.index] = _StorageInfo(path.name, start, stream.tell() - start)
         file.flush()
         os.fsync(file.fileno())
     return places, FileEntry(stream.tell(), stream.digest.hexdigest())
+
+
+def _save(data: Tensor, stream: _DigestingStream) -> None:
+    try:
+        torch.save(data, stream)
+    except RuntimeError as error:  # of the archive, which cannot be closed where it could not be written
+        raise error.__context__ or error from None
 
 
 def write_index(plan: SavePlan, written: Iterable[Written], folder: Path) -> None:

@@ -1,5 +1,6 @@
 """A disk that is full, read-only or gone: training says so, and the last good checkpoint stands."""
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -247,6 +248,23 @@ def test_any_call_that_fails(tmp_path: Path, record_property) -> None:
     ((count, _),) = run_ranks(fail_once, 1, [], str(tmp_path / "run"), 0, 1)
     assert count > 30
     record_property("saves", count)
+
+
+@pytest.mark.parametrize("number", [1, 2, 30])
+def test_a_tensor_that_cannot_be_written(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the writes of its archive fails, the error is that of the file."""
+    from megatron_moe.checkpoint import writer
+
+    calls = itertools.count(1)
+
+    def fail(_: object, data: bytes) -> int:
+        if next(calls) == number:
+            raise OSError(5, "Input/output error")
+        return len(data)
+
+    monkeypatch.setattr(writer._DigestingStream, "write", fail)
+    with (tmp_path / "file").open("wb") as file, pytest.raises(OSError, match="Input/output error"):
+        writer._save(torch.zeros(10), writer._DigestingStream(file))
 
 
 def folders(folder: Path, *steps: int) -> list[str]:

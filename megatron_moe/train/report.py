@@ -40,8 +40,8 @@ from megatron_moe.train.step_metrics import memory_gib
 PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wandb")
 
 
-def write_run_files(config: Config, overrides: list[str], tokenizer: Path | None) -> None:
-    """Leave the resolved configuration, the overrides, the versions and the tokenizer in the run's folder.
+def write_run_files(config: Config, overrides: list[str], world_size: int, tokenizer: Path | None) -> None:
+    """Leave the resolved configuration, the overrides, ranks, versions and the tokenizer in the run's folder.
 
     Raises:
         ConfigError: it cannot be written; what was there before stays.
@@ -49,6 +49,7 @@ def write_run_files(config: Config, overrides: list[str], tokenizer: Path | None
     folder = Path(config.run.dir)
     environment = {
         "overrides": overrides,
+        "world_size": world_size,
         "git": _git_revision(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},

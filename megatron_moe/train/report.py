@@ -20,7 +20,6 @@ from megatron_moe.checkpoint.run_folder import plain
 from megatron_moe.config.derived import (
     batch_size,
     data_parallel_size,
-    is_moe_layer,
     num_device_groups,
     num_micro_batches,
     samples_before,
@@ -34,7 +33,7 @@ from megatron_moe.files import write_json, write_whole
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
-from megatron_moe.plan.placement import Placement, placements
+from megatron_moe.plan.placement import placements
 from megatron_moe.train.step_metrics import memory_gib
 
 PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wandb")
@@ -192,34 +191,5 @@ def print_start(
     table = Table("ranks", "layers", "routed experts", "parameters a rank", "memory so far", box=None)
     for place in placements(config.model, config.parallel, context.world_size):
         parameters, memory = everywhere[place.ranks[0]]
-        table.add_row(*placement_row(config, place), f"{parameters:,}", f"{memory:.2f} GiB")
+        table.add_row(*place.describe(config.model), f"{parameters:,}", f"{memory:.2f} GiB")
     console.print(table)
-
-
-def placement_row(config: Config, place: Placement) -> tuple[str, str, str]:
-    """Ranks, layers and experts as text: layers as 'dense 0, MoE 1-5', virtual stages separated by '|'."""
-    experts = "none" if place.experts is None else _span(place.experts[0], place.experts[-1])
-    layers = " | ".join(_layer_text(config, chunk) for chunk in place.layers)
-    return ", ".join(_spans(place.ranks)), layers, experts
-
-
-def _layer_text(config: Config, layers: list[int]) -> str:
-    moe = [layer for layer in layers if is_moe_layer(config.model, layer)]
-    dense = [layer for layer in layers if layer not in moe]
-    parts = [f"{kind} {_span(some[0], some[-1])}" for kind, some in (("dense", dense), ("MoE", moe)) if some]
-    return ", ".join(parts)
-
-
-def _span(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}-{last}"
-
-
-def _spans(numbers: list[int]) -> list[str]:
-    """[0, 1, 2, 5] as '0-2' and '5'."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return [_span(first, last) for first, last in spans]

@@ -130,7 +130,7 @@ def _label(micro_batch: int, chunk: int, num_chunks: int) -> str:
 def _kind(timer: str) -> str | None:
     """What a timer of megatron-core 0.16.1 (schedules, p2p_communication, finalize_model_grads, optimizer) times."""
     if timer in ("forward-compute", "backward-compute", "data-next"):
-        return timer.split("-")[0]
+        return timer.split("-", maxsplit=1)[0]
     if timer.startswith("optimizer") or timer == "params-all-gather":
         return "optimizer"
     if "send" in timer or "recv" in timer:

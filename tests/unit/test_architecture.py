@@ -18,6 +18,7 @@ ORDER = [
     "checkpoint",
     "hugging_face",
     "train",
+    "report",
 ]
 MODULES = sorted((ROOT / "megatron_moe").rglob("*.py"))
 # What a command line needs before it is known to be right.
@@ -26,6 +27,7 @@ WITHOUT_TORCH = [
     *(ROOT / "megatron_moe/plan").glob("*.py"),
     *(ROOT / f"megatron_moe/distributed/{name}.py" for name in ("launch", "failures", "signals", "watchdog")),
     ROOT / "megatron_moe/checkpoint/run_folder.py",
+    *(ROOT / "megatron_moe/report").glob("*.py"),
 ]
 
 

@@ -107,7 +107,7 @@ def test_the_slider_moves_the_heat_map_to_what_was_logged(browser: Any, trained:
     logged = {line["step"]: line for line in metrics_of(trained)}
     with opened(browser, trained_report, width=390) as found:
         page = found.page
-        image = page.get_by_role("img", name="Expert load").locator(".heatmaplayer image")
+        image = page.get_by_role("img", name="Expert load, over the mean").locator(".heatmaplayer image")
         slider = page.get_by_role("slider", name="Step of the load heat maps")
         pictures = set()
         for key, step in (("End", 8), ("ArrowLeft", 7), ("Home", 1)):

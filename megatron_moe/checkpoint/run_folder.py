@@ -12,6 +12,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import Config, ModelConfig
@@ -66,6 +68,27 @@ def find_checkpoint(run: Path, step: int | None = None) -> Path:
         steps = ", ".join(str(step_of(path)) for path in saved)
         raise ConfigError(f"--step {step}: {run} has no checkpoint of it; there are: {steps}")
     return found[0]
+
+
+def run_config(run: Path) -> Config:
+    """The configuration that a run left.
+
+    Raises:
+        ConfigError: there is none, or it is of another version.
+    """
+    file = run / "config.yaml"
+    try:
+        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}; is {run} the folder of a run?") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: no YAML: {error}") from None
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{file}: holds no options")
+    try:
+        return from_plain(saved)
+    except ConfigError as error:
+        raise ConfigError(*(f"{file}: {problem}" for problem in error.problems)) from None
 
 
 def saved_config(checkpoint: Path) -> Config:

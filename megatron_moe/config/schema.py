@@ -305,6 +305,14 @@ class LoggerConfig:
 
 
 @dataclass(kw_only=True)
+class ProfileConfig:
+    """A trace of PyTorch's profiler of each of `steps`, on each of `ranks`, in `profile/` in the run's folder."""
+
+    steps: list[int] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=lambda: [0])
+
+
+@dataclass(kw_only=True)
 class Config:
     """A whole run."""
 
@@ -319,3 +327,4 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)

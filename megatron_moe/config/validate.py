@@ -50,6 +50,7 @@ def validate(config: Config, launched: int | None) -> int:
 def _rule_problems(config: Config, world_size: int) -> Iterator[str]:
     for rule in (_run, model_problems, _data, _schedule):
         yield from rule(config)
+    yield from _profile(config, world_size)
     misplaced = [*_placement(config), *_pipeline(config)]
     yield from misplaced
     # How many replicas there will be is open while the layout is wrong.
@@ -290,3 +291,11 @@ def _schedule(config: Config) -> Iterator[str]:
     source = config.checkpoint.init_from
     if source is not None and not (Path(source) / "checkpoints").is_dir():
         yield f"checkpoint.init_from={source}: holds no checkpoints; the folder of a run or of an imported model"
+
+
+def _profile(config: Config, world_size: int) -> Iterator[str]:
+    profile, train_steps = config.profile, config.train.train_steps
+    if not all(1 <= step <= train_steps for step in profile.steps):
+        yield f"profile.steps={list(profile.steps)}: must be steps from 1 to train.train_steps={train_steps}"
+    if profile.steps and not (profile.ranks and all(0 <= rank < world_size for rank in profile.ranks)):
+        yield f"profile.ranks={list(profile.ranks)}: must be ranks from 0 to {world_size - 1}, at least one"

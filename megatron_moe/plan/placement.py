@@ -25,6 +25,12 @@ class Placement:
     layers: list[list[int]]
     experts: range | None
 
+    def describe(self, model: ModelConfig) -> tuple[str, str, str]:
+        """Ranks, layers and experts as text: layers as 'dense 0, MoE 1-5', virtual stages separated by '|'."""
+        experts = "none" if self.experts is None else _span(self.experts[0], self.experts[-1])
+        layers = " | ".join(_layer_text(model, chunk) for chunk in self.layers)
+        return ", ".join(_spans(self.ranks)), layers, experts
+
 
 def placements(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> list[Placement]:
     """One entry per pipeline stage and expert-parallel rank.
@@ -54,3 +60,25 @@ def placements(model: ModelConfig, parallel: ParallelConfig, world_size: int) ->
                 )
             )
     return result
+
+
+def _layer_text(model: ModelConfig, layers: list[int]) -> str:
+    moe = [layer for layer in layers if is_moe_layer(model, layer)]
+    dense = [layer for layer in layers if layer not in moe]
+    parts = [f"{kind} {_span(some[0], some[-1])}" for kind, some in (("dense", dense), ("MoE", moe)) if some]
+    return ", ".join(parts)
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _spans(numbers: list[int]) -> list[str]:
+    """[0, 1, 2, 5] as '0-2' and '5'."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return [_span(first, last) for first, last in spans]

@@ -28,6 +28,7 @@ from megatron_moe.optim.scheduler import learning_rate
 from megatron_moe.train.agreement import Agreement
 from megatron_moe.train.evaluate import held_out_loss
 from megatron_moe.train.guard import Guard
+from megatron_moe.train.recording import Recorder
 from megatron_moe.train.report import print_start, write_run_files
 from megatron_moe.train.saving import Saving
 from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
@@ -48,11 +49,12 @@ class Run:
     notes: list[str]
     guard: Guard
     saving: Saving
+    recorder: Recorder
 
     @property
     def last_step(self) -> int:
         """The step after which this process stops."""
-        return self.config.train.exit_step or self.config.train.train_steps
+        return _last_step(self.config)
 
     def is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens after this step."""
@@ -72,7 +74,7 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
     """
     run = set_up(config, context)
     print_start(config, context, run.pipeline.model, run.datasets)
-    from_main(lambda: write_run_files(config, overrides, run.datasets.tokenizer))
+    from_main(lambda: write_run_files(config, overrides, context.world_size, run.datasets.tokenizer))
     for note in run.notes:
         run.context.say(note)
     if config.checkpoint.init_from is not None and run.state.step == 0:
@@ -119,18 +121,24 @@ def set_up(config: Config, context: DistributedContext) -> Run:
     optimizer = build_optimizer(config, model, context.pg_collection)
     checkpointer = Checkpointer(config, model, optimizer, datasets.fingerprints)
     state, notes = checkpointer.load_latest()
+    pipeline = Pipeline(model, context.pg_collection, config.data.sequence_length, config.train.micro_batch_size)
     return Run(
         config=config,
         context=context,
         datasets=datasets,
-        pipeline=Pipeline(model, context.pg_collection, config.data.sequence_length, config.train.micro_batch_size),
+        pipeline=pipeline,
         optimizer=optimizer,
         checkpointer=checkpointer,
         state=state,
         notes=notes,
         guard=Guard(config.train, state),
         saving=Saving(checkpointer, in_background=config.checkpoint.async_save, say=context.say, saved_step=state.step),
+        recorder=Recorder(config, context, pipeline, optimizer, range(state.step + 1, _last_step(config) + 1)),
     )
+
+
+def _last_step(config: Config) -> int:
+    return config.train.exit_step or config.train.train_steps
 
 
 def _logger(run: Run) -> contextlib.AbstractContextManager[MetricLogger | None]:
@@ -169,16 +177,17 @@ def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
     set_learning_rate(run.optimizer, lr)
     count = num_micro_batches(run.config, run.context.world_size, run.state.consumed_samples)
     try:
-        return train_step(
-            run.pipeline,
-            run.optimizer,
-            batches,
-            count,
-            run.guard,
-            stop_requested=signals.stop_requested,
-            save_ready=lambda: run.checkpointer.is_ready,
-            before_update=run.checkpointer.wait_until_copied,
-        )
+        with run.recorder.step(run.state.step + 1, batches, count) as batches_of_step:
+            return train_step(
+                run.pipeline,
+                run.optimizer,
+                batches_of_step,
+                count,
+                run.guard,
+                stop_requested=signals.stop_requested,
+                save_ready=lambda: run.checkpointer.is_ready,
+                before_update=run.checkpointer.wait_until_copied,
+            )
     except TrainingError:  # on all ranks; what was begun to be saved is good
         run.saving.finish()
         raise

@@ -20,7 +20,6 @@ from megatron_moe.checkpoint.run_folder import plain
 from megatron_moe.config.derived import (
     batch_size,
     data_parallel_size,
-    is_moe_layer,
     num_device_groups,
     num_micro_batches,
     samples_before,
@@ -34,14 +33,14 @@ from megatron_moe.files import write_json, write_whole
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
-from megatron_moe.plan.placement import Placement, placements
+from megatron_moe.plan.placement import placements
 from megatron_moe.train.step_metrics import memory_gib
 
 PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wandb")
 
 
-def write_run_files(config: Config, overrides: list[str], tokenizer: Path | None) -> None:
-    """Leave the resolved configuration, the overrides, the versions and the tokenizer in the run's folder.
+def write_run_files(config: Config, overrides: list[str], world_size: int, tokenizer: Path | None) -> None:
+    """Leave the resolved configuration, the overrides, ranks, versions and the tokenizer in the run's folder.
 
     Raises:
         ConfigError: it cannot be written; what was there before stays.
@@ -49,6 +48,7 @@ def write_run_files(config: Config, overrides: list[str], tokenizer: Path | None
     folder = Path(config.run.dir)
     environment = {
         "overrides": overrides,
+        "world_size": world_size,
         "git": _git_revision(),
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -191,34 +191,5 @@ def print_start(
     table = Table("ranks", "layers", "routed experts", "parameters a rank", "memory so far", box=None)
     for place in placements(config.model, config.parallel, context.world_size):
         parameters, memory = everywhere[place.ranks[0]]
-        table.add_row(*placement_row(config, place), f"{parameters:,}", f"{memory:.2f} GiB")
+        table.add_row(*place.describe(config.model), f"{parameters:,}", f"{memory:.2f} GiB")
     console.print(table)
-
-
-def placement_row(config: Config, place: Placement) -> tuple[str, str, str]:
-    """Ranks, layers and experts as text: layers as 'dense 0, MoE 1-5', virtual stages separated by '|'."""
-    experts = "none" if place.experts is None else _span(place.experts[0], place.experts[-1])
-    layers = " | ".join(_layer_text(config, chunk) for chunk in place.layers)
-    return ", ".join(_spans(place.ranks)), layers, experts
-
-
-def _layer_text(config: Config, layers: list[int]) -> str:
-    moe = [layer for layer in layers if is_moe_layer(config.model, layer)]
-    dense = [layer for layer in layers if layer not in moe]
-    parts = [f"{kind} {_span(some[0], some[-1])}" for kind, some in (("dense", dense), ("MoE", moe)) if some]
-    return ", ".join(parts)
-
-
-def _span(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first}-{last}"
-
-
-def _spans(numbers: list[int]) -> list[str]:
-    """[0, 1, 2, 5] as '0-2' and '5'."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return [_span(first, last) for first, last in spans]

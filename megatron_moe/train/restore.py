@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from megatron_moe.checkpoint.checkpointer import load_weights
-from megatron_moe.checkpoint.run_folder import find_checkpoint
+from megatron_moe.checkpoint.run_folder import find_checkpoint, run_config
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import Config, ParallelConfig
 from megatron_moe.data.tokenizer import load_tokenizer, num_ids
 from megatron_moe.distributed.context import distributed
@@ -86,19 +84,7 @@ def restored(folder: Path) -> Iterator[RestoredRun]:
 
 def read_config(folder: Path) -> Config:
     """The configuration a run left, laid out for one process; device groups stay as trained."""
-    file = folder / "config.yaml"
-    try:
-        saved = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}; is {folder} the folder of a run?") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: no YAML: {error}") from None
-    if not isinstance(saved, dict):
-        raise ConfigError(f"{file}: holds no options")
-    try:
-        config = from_plain(saved)
-    except ConfigError as error:
-        raise ConfigError(*(f"{file}: {problem}" for problem in error.problems)) from None
+    config = run_config(folder)
     config.model.num_device_groups = config.model.num_device_groups or config.parallel.expert_model_parallel_size
     config.parallel = ParallelConfig()
     config.train.deterministic = False  # of training only

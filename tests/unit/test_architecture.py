@@ -1,6 +1,8 @@
 """The picture in CONTRIBUTING.md, held by the code."""
 
 import ast
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ ORDER = [
     "checkpoint",
     "hugging_face",
     "train",
+    "report",
 ]
 MODULES = sorted((ROOT / "megatron_moe").rglob("*.py"))
 # What a command line needs before it is known to be right.
@@ -26,6 +29,7 @@ WITHOUT_TORCH = [
     *(ROOT / "megatron_moe/plan").glob("*.py"),
     *(ROOT / f"megatron_moe/distributed/{name}.py" for name in ("launch", "failures", "signals", "watchdog")),
     ROOT / "megatron_moe/checkpoint/run_folder.py",
+    *(ROOT / "megatron_moe/report").glob("*.py"),
 ]
 
 
@@ -52,6 +56,14 @@ def test_imports_go_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", WITHOUT_TORCH, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_comes_before_the_training_imports_no_torch(path: Path) -> None:
     assert not {name.split(".")[0] for name in imported(path)} & {"torch", "megatron"}
+
+
+def test_every_file_of_the_package_is_installed() -> None:
+    package_data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for path in (ROOT / "megatron_moe").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            package = ".".join(path.parent.relative_to(ROOT).parts)
+            assert any(fnmatch(path.name, pattern) for pattern in package_data[package]), path
 
 
 def test_only_the_context_knows_parallel_state() -> None:

@@ -30,6 +30,7 @@ from megatron_moe.train.evaluate import held_out_loss
 from megatron_moe.train.guard import Guard
 from megatron_moe.train.report import print_start, write_run_files
 from megatron_moe.train.saving import Saving
+from megatron_moe.train.speed_metrics import speed_metrics
 from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
 from megatron_moe.train.step_metrics import step_metrics
 
@@ -141,7 +142,7 @@ def _logger(run: Run) -> contextlib.AbstractContextManager[MetricLogger | None]:
 
 def next_batches(run: Run) -> list[Batches]:
     """The micro batches from here on: one iterator over the same ones for each model chunk."""
-    return [
+    chunks = [
         micro_batches(
             run.datasets.train,
             first_sample=run.state.consumed_samples,
@@ -153,6 +154,7 @@ def next_batches(run: Run) -> list[Batches]:
         )
         for chunk in range(len(run.pipeline.model))
     ]
+    return [run.pipeline.timers.waiting_for(batches, "data_wait") for batches in chunks]
 
 
 def _record(run: Run) -> Path | None:
@@ -177,7 +179,7 @@ def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
             run.guard,
             stop_requested=signals.stop_requested,
             writer_done=lambda: run.checkpointer.is_written,
-            before_update=run.checkpointer.wait_until_copied,
+            before_update=run.saving.wait_until_copied,
         )
     except TrainingError:  # on all ranks; what was begun to be saved is good
         run.saving.finish()
@@ -186,14 +188,21 @@ def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
 
 def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: Throughput) -> Metrics:
     tokens_per_second, step_time_s = throughput.report()
+    speed = speed_metrics(
+        run.config,
+        run.context,
+        run.pipeline.timers,
+        tokens_per_second=tokens_per_second,
+        step_time_s=step_time_s,
+    )
     return {
         "consumed_tokens": run.state.consumed_samples * run.config.data.sequence_length,
         "train/batch_size": samples,
         **step_metrics(run.config, run.context, run.pipeline.model, result),
         "train/lr": lr,
         "train/skipped_steps": run.state.skipped_steps,
-        "speed/tokens_per_second": tokens_per_second,
-        "speed/step_time_s": step_time_s,
+        **speed,
+        **run.saving.take_times(),
     }
 
 

@@ -35,7 +35,7 @@ from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
 from megatron_moe.plan.placement import Placement, placements
-from megatron_moe.train.step_metrics import memory_gib
+from megatron_moe.train.step_metrics import peak_memory_gib
 
 PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wandb")
 
@@ -180,7 +180,7 @@ def print_start(
     config: Config, context: DistributedContext, model: list[DistributedDataParallel], datasets: Datasets
 ) -> None:
     """Print the facts, the placement and each rank's memory; on all ranks, as it gathers."""
-    here = (sum(p.numel() for chunk in model for p in chunk.parameters()), memory_gib(context.device))
+    here = (sum(p.numel() for chunk in model for p in chunk.parameters()), peak_memory_gib(context.device))
     everywhere: list[Any] = [None] * context.world_size
     dist.all_gather_object(everywhere, here)
     if not context.is_main:

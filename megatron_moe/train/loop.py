@@ -94,6 +94,8 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
                 run.context.say(
                     f"step {run.state.step} | skipped: {result.skipped} ({run.state.skipped_in_a_row} in a row)"
                 )
+            if logger is not None:
+                logger.count_step(run.state.step, result.agreement.loss, result.skipped)
 
             metrics: Metrics = {}
             evaluates = run.is_due(config.evaluation.interval)

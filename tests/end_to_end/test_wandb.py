@@ -140,3 +140,24 @@ def test_the_readme_names_every_metric(run: Run) -> None:
     names = {name for line in metrics_of(run.folder) for name in line} - {"step", "valid/mock/lm_loss"}
     names |= {"speed/mfu"}  # of a GPU
     assert {name for name in names if f"`{name}`" not in text and "/layer_" not in name} == set()
+
+
+def test_the_workspace_shows_what_a_run_logs(tmp_path: Path) -> None:
+    result = run_cli("tools/wandb_dashboard.py", "--project", "p", "--dry-run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    panels = [panel for section in json.loads(result.stdout) for panel in section["panels"]]
+    shown = {name for panel in panels for name in panel.get("y", []) + panel.get("media_keys", [])}
+    patterns = [panel["metric_regex"] for panel in panels if "metric_regex" in panel]
+    by_layer = {name for name in METRICS if any(re.fullmatch(pattern, name) for pattern in patterns)}
+    assert shown == METRICS - by_layer | HEAT_MAPS | {"speed/mfu"}
+    assert len(by_layer) == len(MOE_LAYERS)
+    axes = {panel.get("x") for panel in panels if panel.get("y") == ["train/lm_loss"]}
+    assert axes == {"Step", "consumed_tokens"}
+
+
+def test_the_workspace_needs_a_key_to_be_saved(tmp_path: Path) -> None:
+    result = run_cli("tools/wandb_dashboard.py", "--project", "p", cwd=tmp_path, HOME=str(tmp_path), WANDB_API_KEY="")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: wandb: ")
+    assert "API key" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -30,7 +30,9 @@ def flops_of_a_micro_batch(overrides: list[str]) -> int:
 
 
 @pytest.mark.parametrize(
-    "model", [[], [*MLA, EQUAL], [*MLA, EQUAL, "model.q_lora_rank=16"], DENSE], ids=["mha", "mla", "mla_with_q_lora", "dense"]
+    "model",
+    [[], [*MLA, EQUAL], [*MLA, EQUAL, "model.q_lora_rank=16"], DENSE],
+    ids=["mha", "mla", "mla_with_q_lora", "dense"],
 )
 def test_model_flops_are_those_that_pytorch_counts(model: list[str]) -> None:
     """Twice the length gives the whole of the attention, which PyTorch computes, instead of the causal half."""

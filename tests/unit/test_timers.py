@@ -49,23 +49,24 @@ def test_waiting_for_an_item_counts_and_what_is_done_with_it_does_not(clock: Sim
 
 
 @pytest.mark.parametrize(
-    ("rows", "sent"),
-    [(None, 4), ([1, 2, 0, 3], 4), (np.array([1, 2, 0, 3]), 4), ([0, 6, 0, 0], 0)],  # rank 1 of 4 keeps its own
+    ("rows_to_ranks", "to_others"),
+    [([1, 2, 0, 3], 4), (np.array([1, 2, 0, 3]), 4), ([0, 6, 0, 0], 0), (None, 6)],  # of 6, or 8 for four ranks alike
 )
-def test_rows_for_other_ranks_count_in_bytes(monkeypatch: pytest.MonkeyPatch, rows: list[int] | None, sent: int) -> None:
+def test_rows_for_other_ranks_count_in_bytes(
+    rows_to_ranks: list[int] | None, to_others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     monkeypatch.setattr(dist, "all_to_all_single", lambda *args, **options: calls.append(options) or "work")
     original = dist.all_to_all_single
-    group = SimpleNamespace(rank=lambda: 1, size=lambda: 4)
     timers = Timers(torch.device("cpu"))
     timers.begin_step()
-    length = 6 if rows is not None else 4
+    x = torch.zeros(8 if rows_to_ranks is None else 6, 5, dtype=torch.bfloat16)
+    group = SimpleNamespace(rank=lambda: 1, size=lambda: 4)
+    options = {"output_split_sizes": None, "input_split_sizes": rows_to_ranks, "group": group}
     with all_to_all_measured(timers):
-        x = torch.zeros(length, 5, dtype=torch.bfloat16)
-        options = {"output_split_sizes": None, "input_split_sizes": rows, "group": group}
         assert dist.all_to_all_single(x, x, **options) == "work"
     assert dist.all_to_all_single is original
     assert calls == [options]
-    assert timers.sent_bytes == (sent if rows is not None else 3) * 5 * 2
+    assert timers.sent_bytes == to_others * 5 * 2
     timers.begin_step()
     assert timers.sent_bytes == 0

@@ -18,7 +18,7 @@ from megatron_moe.metrics.wandb_run import WandbRun, heat_map
 from tests.helpers.wandb import history, of_type, records, segments
 
 KEY = "0c1e5a7b" * 5
-NOTES = "a \"b\" $(touch hacked); c"
+NOTES = 'a "b" $(touch hacked); c'
 
 
 @pytest.fixture
@@ -57,7 +57,9 @@ def test_a_run_that_goes_on_keeps_its_id_and_sends_no_step_twice(config: Config,
     log_steps(config, range(21, 24), logged_step=25)
     log_steps(config, range(21, 31), logged_step=23)
     found = [records(segment) for segment in segments(tmp_path)]
-    assert {of_type(part, "run")[0]["run_id"] for part in found} == {json.loads((tmp_path / "wandb.json").read_text())["id"]}
+    assert {of_type(part, "run")[0]["run_id"] for part in found} == {
+        json.loads((tmp_path / "wandb.json").read_text())["id"]
+    }
     assert [row["_step"] for part in found for row in history(part)] == list(range(1, 31))
 
 
@@ -101,14 +103,18 @@ def test_the_user_is_told_of_skipped_steps_stalls_and_preemption(
     assert of_type(found, "exit") == [{"exit_code": 1}]
 
 
-def failing(config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **environment: str) -> str:
+def failing(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **environment: str
+) -> str:
     """What is said on standard error by a run that wandb cannot serve as it was asked to."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     log_steps(config, range(1, 30))
     printed = capsys.readouterr()
     assert KEY not in printed.out + printed.err
-    assert not [path for path in Path(config.run.dir).rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert not [
+        path for path in Path(config.run.dir).rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()
+    ]
     assert printed.err.count("\n") == 1
     assert printed.err.startswith("warning: wandb: ")
     return printed.err

@@ -28,7 +28,7 @@ POSITIVE = {
     "train.batch_ramp": "start increment tokens",
     "evaluation": "interval num_samples",
     "checkpoint": "save_interval keep_last keep_every",
-    "logger": "log_interval",
+    "logger": "log_interval heat_map_interval",
 }
 NOT_NEGATIVE = {
     "model": (

@@ -63,10 +63,14 @@ class DecayUnit(Enum):
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Where a run lives. `name` has no clock in it: every rank, and every restart, must find the same folder."""
+    """Where a run lives. `name` has no clock in it: every rank, and every restart, must find the same folder.
+
+    `notes`: what it is for, in any words.
+    """
 
     name: str = MISSING
     dir: str = "runs/${run.name}"
+    notes: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -297,11 +301,19 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True)
 class LoggerConfig:
-    """Console, `metrics.jsonl` in the run folder and, if `wandb`, Weights & Biases."""
+    """Console, `metrics.jsonl` in the run folder and, if `wandb`, Weights & Biases.
+
+    There a run is in `wandb_project` of `wandb_entity` (null: the user's own), with a group and tags to find it by, and
+    a heat map of expert load every `heat_map_interval` steps.
+    """
 
     log_interval: int = 10
     wandb: bool = False
     wandb_project: str = "megatron-moe"
+    wandb_entity: str | None = None
+    wandb_group: str | None = None
+    wandb_tags: list[str] = field(default_factory=list)
+    heat_map_interval: int = 500
 
 
 @dataclass(kw_only=True)

@@ -48,7 +48,7 @@ def validate(config: Config, launched: int | None) -> int:
 
 
 def _rule_problems(config: Config, world_size: int) -> Iterator[str]:
-    for rule in (_run, model_problems, _data, _schedule):
+    for rule in (_run, _logger, model_problems, _data, _schedule):
         yield from rule(config)
     yield from _profile(config, world_size)
     misplaced = [*_placement(config), *_pipeline(config)]
@@ -71,6 +71,16 @@ def _run(config: Config) -> Iterator[str]:
             f"run.name={config.run.name!r}: letters, digits and any of _ . = , + - only, and no leading dot "
             "(it is a folder's name)"
         )
+
+
+def _logger(config: Config) -> Iterator[str]:
+    """What Weights & Biases would refuse."""
+    options = config.logger
+    if not re.fullmatch(r"[^/\\#?%:]{1,128}", options.wandb_project):
+        yield f"logger.wandb_project={options.wandb_project!r}: 1 to 128 characters, and none of / \\ # ? % :"
+    for tag in options.wandb_tags:
+        if not 1 <= len(tag) <= 64:
+            yield f"logger.wandb_tags={options.wandb_tags}: {tag!r} must have 1 to 64 characters"
 
 
 def _placement(config: Config) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
@@ -14,10 +15,11 @@ MARGIN = 1.1  # a collective that times out says more, so it comes first
 
 
 class _Watch:
-    """Of this process: where stacks go, and after how many seconds without a sign of life."""
+    """Of this process: where stacks go, after how many seconds without a sign of life, and when the last one was."""
 
     file: TextIO | None = None
     timeout_s: float | None = None
+    alive_at: float | None = None
 
 
 def start(timeout_s: float, environment: Mapping[str, str] = os.environ) -> None:
@@ -39,9 +41,16 @@ def alive() -> None:
     """Call it wherever the training gets on, in its own thread: each micro batch, and as a save begins and ends."""
     if _Watch.timeout_s is not None:
         faulthandler.dump_traceback_later(_Watch.timeout_s, exit=True, file=_Watch.file)
+        _Watch.alive_at = time.monotonic()
+
+
+def share_of_timeout() -> float:
+    """How much of the time that this process may go without a sign of life is over; at 1 it ends. 0 if not watched."""
+    timeout_s, alive_at = _Watch.timeout_s, _Watch.alive_at
+    return 0.0 if timeout_s is None or alive_at is None else (time.monotonic() - alive_at) / timeout_s
 
 
 def stop() -> None:
     """Watch no longer; crashes still leave their stacks."""
     faulthandler.cancel_dump_traceback_later()
-    _Watch.timeout_s = None
+    _Watch.timeout_s = _Watch.alive_at = None

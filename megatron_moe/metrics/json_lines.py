@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -49,14 +50,19 @@ class JsonLines:
         self._file.close()
 
 
-def drop_after(path: Path, step: int) -> None:
-    """Forget steps that were logged after the checkpoint that the run goes on from, and lines that were cut off."""
+def drop_after(path: Path, step: int) -> int:
+    """Forget steps that were logged after the checkpoint that the run goes on from, and lines that were cut off.
+
+    Returns:
+        The last step that was there, 0 if there was none.
+    """
     if not path.exists():
-        return
+        return 0
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
     if len(kept) < len(lines):
         write_whole(path, b"".join(kept))
+    return int(max((s for s in map(_step_of, lines) if math.isfinite(s)), default=0))
 
 
 def _step_of(line: bytes) -> float:

@@ -1,18 +1,17 @@
-"""Where a run's numbers go: the console, metrics.jsonl and, if asked for, Weights & Biases. Rank 0 only."""
+"""Where a run's numbers go: the terminal, metrics.jsonl and, if asked for, Weights & Biases. Rank 0 only."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import netrc
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from megatron_moe.config.schema import Config
 from megatron_moe.metrics.json_lines import JsonLines, drop_after
+from megatron_moe.metrics.terminal import TerminalBar, is_terminal
 from megatron_moe.metrics.throughput import format_duration
+from megatron_moe.metrics.wandb_run import WandbRun
 
 Metrics = dict[str, Any]
 
@@ -22,29 +21,40 @@ class MetricLogger:
 
     def __init__(self, config: Config, *, first_step: int) -> None:
         path = Path(config.run.dir) / "metrics.jsonl"
-        drop_after(path, first_step)
+        logged_step = drop_after(path, first_step)
         self._lines = JsonLines(path)
-        self._wandb = start_wandb(config) if config.logger.wandb else None
+        self._wandb = WandbRun(config, logged_step=logged_step) if config.logger.wandb else None
+        self._bar = TerminalBar(config.train.train_steps) if is_terminal() else None
 
     def __enter__(self) -> MetricLogger:
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
         self._lines.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if kind is None else 1)
+            self._wandb.finish(error)
+
+    def count_step(self, step: int, loss: float, skipped: str | None) -> None:
+        """Show that a step is done, and have the user told if it was `skipped`, for what reason."""
+        if self._bar is not None:
+            self._bar.show(step, loss)
+        if skipped is not None and self._wandb is not None:
+            self._wandb.alert("step skipped", f"step {step:,} updated nothing: {skipped}")
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Write one step's metrics, null for what is not finite.
-
-        Lists (loads of experts) go to the file only: wandb keys stay few.
-        """
+        """Write one step's metrics, null for what is not finite."""
         metrics = _finite(metrics)
         self._lines.write({"step": step, **metrics})
         if self._wandb is not None:
-            self._wandb.log({key: value for key, value in metrics.items() if _is_scalar(value)}, step=step)
+            self._wandb.log(step, metrics)
+        if self._bar is not None:
+            self._bar.take(metrics)
 
 
 def progress_line(step: int, total_steps: int, metrics: Metrics) -> str:
@@ -83,31 +93,6 @@ def _routing_text(metrics: Metrics) -> str:
     return f"{text} | dropped {dropped:.1%}" if dropped else text
 
 
-def start_wandb(config: Config) -> Any:
-    """A wandb run in the run's folder; offline, with no network call, when no key is set."""
-    import wandb
-
-    offline = not has_wandb_key()
-    return wandb.init(
-        project=config.logger.wandb_project,
-        name=config.run.name,
-        dir=config.run.dir,
-        config=dataclasses.asdict(config),
-        mode=os.environ.get("WANDB_MODE", "offline" if offline else "online"),
-    )
-
-
-def has_wandb_key() -> bool:
-    """Whether a key for wandb is in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        hosts = netrc.netrc().hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return any("wandb" in host for host in hosts)
-
-
 def _finite(value: Any) -> Any:
     """Metrics with None in place of what JSON has no number for."""
     if isinstance(value, dict):
@@ -115,7 +100,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, int | float)

@@ -31,6 +31,7 @@ from megatron_moe.train.guard import Guard
 from megatron_moe.train.recording import Recorder
 from megatron_moe.train.report import print_start, write_run_files
 from megatron_moe.train.saving import Saving
+from megatron_moe.train.speed_metrics import speed_metrics
 from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
 from megatron_moe.train.step_metrics import step_metrics
 
@@ -95,6 +96,8 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
                 run.context.say(
                     f"step {run.state.step} | skipped: {result.skipped} ({run.state.skipped_in_a_row} in a row)"
                 )
+            if logger is not None:
+                logger.count_step(run.state.step, result.agreement.loss, result.skipped)
 
             metrics: Metrics = {}
             evaluates = run.is_due(config.evaluation.interval)
@@ -149,7 +152,7 @@ def _logger(run: Run) -> contextlib.AbstractContextManager[MetricLogger | None]:
 
 def next_batches(run: Run) -> list[Batches]:
     """The micro batches from here on: one iterator over the same ones for each model chunk."""
-    return [
+    chunks = [
         micro_batches(
             run.datasets.train,
             first_sample=run.state.consumed_samples,
@@ -161,6 +164,7 @@ def next_batches(run: Run) -> list[Batches]:
         )
         for chunk in range(len(run.pipeline.model))
     ]
+    return [run.pipeline.timers.waiting_for(batches, "data_wait") for batches in chunks]
 
 
 def _record(run: Run) -> Path | None:
@@ -186,7 +190,7 @@ def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
                 run.guard,
                 stop_requested=signals.stop_requested,
                 save_ready=lambda: run.checkpointer.is_ready,
-                before_update=run.checkpointer.wait_until_copied,
+                before_update=run.saving.wait_until_copied,
             )
     except TrainingError:  # on all ranks; what was begun to be saved is good
         run.saving.finish()
@@ -195,14 +199,21 @@ def _step(run: Run, batches: list[Batches], lr: float) -> StepResult:
 
 def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: Throughput) -> Metrics:
     tokens_per_second, step_time_s = throughput.report()
+    speed = speed_metrics(
+        run.config,
+        run.context,
+        run.pipeline.timers,
+        tokens_per_second=tokens_per_second,
+        step_time_s=step_time_s,
+    )
     return {
         "consumed_tokens": run.state.consumed_samples * run.config.data.sequence_length,
         "train/batch_size": samples,
         **step_metrics(run.config, run.context, run.pipeline.model, result),
         "train/lr": lr,
         "train/skipped_steps": run.state.skipped_steps,
-        "speed/tokens_per_second": tokens_per_second,
-        "speed/step_time_s": step_time_s,
+        **speed,
+        **run.saving.take_times(),
     }
 
 

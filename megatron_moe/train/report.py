@@ -31,10 +31,11 @@ from megatron_moe.distributed import deterministic
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.files import write_json, write_whole
 from megatron_moe.model.layer_spec import use_transformer_engine
-from megatron_moe.plan.flops import paper_flops_per_token
+from megatron_moe.plan.flops import model_flops_per_token, paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
 from megatron_moe.plan.placement import placements
-from megatron_moe.train.step_metrics import memory_gib
+from megatron_moe.train.speed_metrics import device_peak_flops
+from megatron_moe.train.step_metrics import peak_memory_gib
 
 PACKAGES = ("torch", "megatron-core", "numpy", "hydra-core", "tokenizers", "wandb")
 
@@ -98,7 +99,7 @@ def start_facts(config: Config, world_size: int, device: torch.device, datasets:
             + (" (not reached in this run)" if schedule.warmup_steps >= train.train_steps else "")
             + (f", x {schedule.decay_factor} at {decay} of {schedule.unit.value}" if decay else ", constant"),
         ),
-        *([("compute", _compute_text(config))] if model.attention is Attention.mha else []),
+        ("compute", _compute_text(config, device)),
         ("precision", f"{config.precision.dtype.value}; router logits, optimizer state and gradient sums fp32"),
         *([("kernels", deterministic.describe())] if deterministic.is_on() else []),
         (
@@ -150,11 +151,19 @@ def _batch_text(config: Config, world_size: int) -> str:
     )
 
 
-def _compute_text(config: Config) -> str:
-    """The paper's own count, to compare with its tables."""
-    length = config.data.sequence_length
-    teraflops = paper_flops_per_token(config.model, length) * length / 1e12
-    return f"{teraflops:,.4g} TFLOPs a sequence of {length}, as the DeepSeekMoE paper counts them"
+def _compute_text(config: Config, device: torch.device) -> str:
+    """By what speed is reported, and the paper's own count, to compare with its tables."""
+    model, length = config.model, config.data.sequence_length
+    text = (
+        f"{model_flops_per_token(model, length) / 1e9:,.4g} GFLOPs a token for FLOP/s and MFU (6 for each activated "
+        "entry of a matrix, causal attention: Megatron-LM's convention)"
+    )
+    if (peak := device_peak_flops(config, device)) is not None:
+        text += f"; MFU is of {peak / 1e12:,g} TFLOP/s, dense bf16 on {torch.cuda.get_device_name(device)}"
+    if model.attention is Attention.mha:
+        teraflops = paper_flops_per_token(model, length) * length / 1e12
+        text += f"; {teraflops:,.4g} TFLOPs a sequence of {length}, as the DeepSeekMoE paper counts them"
+    return text
 
 
 def _balance_text(config: Config) -> str:
@@ -180,7 +189,7 @@ def print_start(
     config: Config, context: DistributedContext, model: list[DistributedDataParallel], datasets: Datasets
 ) -> None:
     """Print the facts, the placement and each rank's memory; on all ranks, as it gathers."""
-    here = (sum(p.numel() for chunk in model for p in chunk.parameters()), memory_gib(context.device))
+    here = (sum(p.numel() for chunk in model for p in chunk.parameters()), peak_memory_gib(context.device))
     everywhere: list[Any] = [None] * context.world_size
     dist.all_gather_object(everywhere, here)
     if not context.is_main:

@@ -32,7 +32,9 @@ class Saving:
         self._in_background = in_background
         self._say = say
         self._saved_step = saved_step
+        self._begun_at = 0.0
         self._waited_s = 0.0
+        self._times: dict[str, float] = {}
 
     def save(self, state: TrainState) -> None:
         """Save, or begin to in the background; the one before is finished first."""
@@ -66,11 +68,22 @@ class Saving:
                 "same command goes on from the last of them"
             ) from error
 
-    def _begin(self, state: TrainState, *, background: bool) -> None:
+    def wait_until_copied(self) -> None:
+        """Before an update: return once the save under way reads no weights any more."""
         start = time.perf_counter()
+        self._checkpointer.wait_until_copied()
+        self._waited_s += time.perf_counter() - start
+
+    def take_times(self) -> dict[str, float]:
+        """Of the last save that was committed since the last call: its seconds, and those that training waited."""
+        times, self._times = self._times, {}
+        return times
+
+    def _begin(self, state: TrainState, *, background: bool) -> None:
+        self._begun_at = time.perf_counter()
         watchdog.alive()
         self._checkpointer.begin(state, background=background)
-        self._waited_s = time.perf_counter() - start
+        self._waited_s = time.perf_counter() - self._begun_at
 
     def _finish(self) -> None:
         if self._checkpointer.is_saving:
@@ -80,9 +93,11 @@ class Saving:
         start = time.perf_counter()
         watchdog.alive()
         folder = action()
-        self._waited_s += time.perf_counter() - start
+        end = time.perf_counter()
+        self._waited_s += end - start
         if folder is not None:
             self._saved_step = step_of(folder)
+            self._times = {"checkpoint/save_s": end - self._begun_at, "checkpoint/blocked_s": self._waited_s}
             self._say(f"step {self._saved_step} | saved {folder} in {self._waited_s:.1f} s")
 
     def _tolerant(self, action: Callable[[], None]) -> None:

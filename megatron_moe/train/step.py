@@ -17,6 +17,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_moe.distributed import watchdog
+from megatron_moe.metrics.timers import Timers, all_to_all_measured
 from megatron_moe.model.build import routers
 from megatron_moe.model.router import Batch, Router
 from megatron_moe.optim.optimizer import clip_and_update, prepare_gradients
@@ -74,8 +75,17 @@ class Pipeline:
             pg_collection=self.pg_collection,
             **({"p2p_communicator": self._communicator()} if pipelined else {}),
         )
-        device = next(self.model[0].parameters()).device
-        return sum(losses, torch.zeros(2, device=device))
+        return sum(losses, torch.zeros(2, device=self.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next(self.model[0].parameters()).device
+
+    @cached_property
+    def timers(self) -> Timers:
+        """Of the training steps."""
+        return Timers(self.device)
 
     @cached_property
     def routers(self) -> list[Router]:
@@ -128,6 +138,8 @@ def train_step(
     Raises:
         TrainingError: on all ranks: too many steps were skipped in a row.
     """
+    timers = pipeline.timers
+    timers.begin_step()
     for chunk in pipeline.model:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -135,13 +147,16 @@ def train_step(
     for router in pipeline.routers:
         router.reset_counters()
     get_model_config(pipeline.model[0]).finalize_model_grads_func = finalize_model_grads
-    loss = pipeline.run(batches, num_micro_batches, forward_only=False)
-    grad_norm, finite_gradient = prepare_gradients(optimizer)
-    agreement = agree(loss, finite_gradient=finite_gradient, stop=stop_requested(), saved=save_ready())
+    with timers.measure("forward_backward"), all_to_all_measured(timers):
+        loss = pipeline.run(batches, num_micro_batches, forward_only=False)
+    with timers.measure("optimizer"):
+        grad_norm, finite_gradient = prepare_gradients(optimizer)
+        agreement = agree(loss, finite_gradient=finite_gradient, stop=stop_requested(), saved=save_ready())
     skipped = guard.judge(agreement.loss, grad_norm, finite=agreement.finite) if guard is not None else None
     if skipped is None:
         before_update()
-        clip_and_update(optimizer, grad_norm)
+        with timers.measure("optimizer"):
+            clip_and_update(optimizer, grad_norm)
     return StepResult(agreement, grad_norm, num_micro_batches, skipped)
 
 

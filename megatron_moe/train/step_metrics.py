@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -31,7 +32,7 @@ def step_metrics(
         "train/lm_loss": result.agreement.loss,
         "train/grad_norm": result.grad_norm,
         **(_routing_metrics(config, context, model, result) if config.model.num_experts else {}),
-        "memory/rank0_gib": memory_gib(context.device),
+        "memory/peak_gib": _largest(peak_memory_gib(context.device), context.device),
     }
 
 
@@ -79,8 +80,16 @@ def _routing_sums(
     return tokens, losses, dropped
 
 
-def memory_gib(device: torch.device) -> float:
-    """The most that this rank's GPU has held, or what the process holds on a CPU."""
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that tensors have taken of this rank's GPU, or the process of the host's memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _largest(value: float, device: torch.device) -> float:
+    """Over all ranks."""
+    largest = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()

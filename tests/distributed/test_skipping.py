@@ -18,6 +18,7 @@ import torch
 from megatron_moe.config.errors import TrainingError
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import MLA, tiny_config, tiny_run
+from tests.helpers.wandb import of_type, records, segments
 
 LAYOUTS = {"single": 1, "ep2": 2, "pp2_ep2": 4, "tp2": 2}
 MORE_LAYOUTS = {"dp2": 2, "pp2_vpp2": 2, "tp2_ep2": 2, "cp2": 2}
@@ -240,7 +241,8 @@ def whole_run(folder: str, broken_steps: list[int]) -> str:
         with bad_loss(run, float("nan")) if run.state.step + 1 in broken_steps else nullcontext():
             return whole(run, batches, lr)
 
-    config = tiny_config(*SHORT, f"run.dir={folder}", "train.train_steps=4", "logger.log_interval=1")
+    logger = ["logger=wandb", "logger.log_interval=1"]
+    config = tiny_config(*SHORT, *logger, f"run.dir={folder}", "train.train_steps=4")
     said = io.StringIO()
     with distributed(config.parallel) as context, mock.patch.object(loop, "_step", fail), redirect_stdout(said):
         loop.train(config, context, [])
@@ -257,6 +259,11 @@ def test_the_loop_says_and_logs_what_it_skips(tmp_path: Path) -> None:
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").open()]
     assert [line["train/lm_loss"] is None for line in lines] == [False, True, True, False]
     assert [line["train/skipped_steps"] for line in lines] == [0, 1, 2, 2]
+    alerts = of_type(records(*segments(tmp_path)), "alert")
+    assert [(alert["title"], alert["text"]) for alert in alerts] == [
+        ("step skipped", "step 2 updated nothing: loss is nan"),
+        ("step skipped", "step 3 updated nothing: loss is nan"),
+    ]
 
 
 def clean_run(steps: int) -> tuple[int, int]:

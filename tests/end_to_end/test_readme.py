@@ -13,6 +13,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 FIRST_RUN = next(i for i, command in enumerate(COMMANDS) if command.startswith("python pretrain.py"))
+WANDB_RUN = next(i for i, command in enumerate(COMMANDS) if "logger=wandb" in command)
 SHORTEN = "train.train_steps=2 evaluation.num_samples=8 train.micro_batch_size=1 data.sequence_length=32"
 
 
@@ -52,7 +53,8 @@ def shortened(command: str, name: str) -> str:
     "number", [i for i, c in enumerate(COMMANDS) if not c.startswith("make")], ids=lambda i: COMMANDS[i][:60]
 )
 def test_command(number: int, checkout: Path) -> None:
-    command = shortened(COMMANDS[number], f"readme{number}").replace("runs/NAME", f"runs/readme{FIRST_RUN}")
+    run = WANDB_RUN if COMMANDS[number].startswith("wandb") else FIRST_RUN
+    command = shortened(COMMANDS[number], f"readme{number}").replace("runs/NAME", f"runs/readme{run}")
     result = run_shell(command, checkout)
     assert result.returncode == 0, result.stderr
 

@@ -73,4 +73,4 @@ def test_only_the_context_knows_parallel_state() -> None:
 
 
 def test_wandb_is_imported_in_one_place() -> None:
-    assert {path.name for path in MODULES if "wandb" in imported(path)} == {"logger.py"}
+    assert {path.name for path in MODULES if "wandb" in imported(path)} == {"wandb_run.py"}

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from megatron_moe.config.load import compose_config
-from megatron_moe.metrics.logger import MetricLogger, has_wandb_key, progress_line
+from megatron_moe.metrics.logger import MetricLogger, progress_line
 from megatron_moe.metrics.routing import device_load, max_violation, relative
 from megatron_moe.metrics.throughput import Throughput, format_duration
+from megatron_moe.metrics.wandb_run import has_wandb_key
 
 
 def test_uniform_load_violates_nothing() -> None:

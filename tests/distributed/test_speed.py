@@ -1,0 +1,96 @@
+"""Times and bytes of a step, counted again by other means."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import tiny_run
+
+SLOW = 0.02  # seconds that something is made to take longer
+STEPS = 2
+HIDDEN, MICRO_BATCHES, MOE_LAYERS = 64, 2, 3
+
+
+def speed_of_two_steps(overrides: list[str], slow: str) -> dict[str, Any]:
+    """On each rank: the metrics of two steps of which a part is slow on rank 1, and selections of the other rank."""
+    from megatron_moe.model.router import DeepSeekMoERouter
+    from megatron_moe.train import step as step_module
+    from megatron_moe.train.speed_metrics import speed_metrics
+    from megatron_moe.train.step import train_step
+
+    selected_elsewhere, calls = [], []
+    all_to_all, routing, update = dist.all_to_all_single, DeepSeekMoERouter.routing, step_module.clip_and_update
+
+    def slow_if(part: str) -> None:
+        if part == slow and dist.get_rank() == 1:
+            time.sleep(SLOW)
+
+    def slow_all_to_all(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        slow_if("all_to_all")
+        return all_to_all(*args, **options)
+
+    def slow_update(*args: Any) -> None:
+        slow_if("optimizer")
+        update(*args)
+
+    def counting_routing(router: Any, *args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        probs, routing_map = routing(router, *args, **options)
+        own = slice(dist.get_rank() * 4, dist.get_rank() * 4 + 4)
+        selected_elsewhere.append((routing_map.sum() - routing_map[:, own].sum()).item())
+        return probs, routing_map
+
+    dist.all_to_all_single, step_module.clip_and_update = slow_all_to_all, slow_update
+    DeepSeekMoERouter.routing = counting_routing
+    with tiny_run(["run.dir=unused", *overrides]) as (run, batches, num_micro_batches):
+
+        def slow_batches() -> Any:
+            for batch in batches[0]:
+                slow_if("data_wait")
+                yield batch
+
+        timed = [run.pipeline.timers.waiting_for(slow_batches(), "data_wait")]
+        for _ in range(STEPS):
+            selected_elsewhere.clear()
+            train_step(run.pipeline, run.optimizer, timed, num_micro_batches)
+        rates = {"tokens_per_second": 1000.0, "step_time_s": 0.1}
+        metrics = speed_metrics(run.config, run.context, run.pipeline.timers, **rates)
+    return {"metrics": metrics, "selected_elsewhere": sum(selected_elsewhere), "calls": len(calls)}
+
+
+@pytest.mark.parametrize(
+    ("slow", "times_a_step"),
+    [("all_to_all", 6 * MOE_LAYERS * MICRO_BATCHES), ("optimizer", 1), ("data_wait", MICRO_BATCHES)],
+)
+def test_the_time_of_the_slowest_rank_is_told_by_all(slow: str, times_a_step: int) -> None:
+    first, second = run_ranks(speed_of_two_steps, 2, ["parallel=ep2"], slow)
+    assert first["metrics"] == second["metrics"]
+    times = {name: value for name, value in first["metrics"].items() if name.startswith("time/")}
+    assert times[f"time/{slow}_s"] >= times_a_step * SLOW
+    if slow == "all_to_all":  # tokens and probabilities there, tokens back, and as much in the backward pass
+        assert first["calls"] == STEPS * times_a_step
+        assert times["time/forward_backward_s"] >= times["time/all_to_all_s"]
+    assert times.keys() == {f"time/{part}_s" for part in ("forward_backward", "all_to_all", "optimizer", "data_wait")}
+
+
+def test_what_the_all_to_all_sends_is_what_the_selections_of_other_ranks_take() -> None:
+    ranks = run_ranks(speed_of_two_steps, 2, ["parallel=ep2"], "nothing")
+    selections = sum(rank["selected_elsewhere"] for rank in ranks)
+    tokens_and_probabilities = 4 * HIDDEN + 4
+    expected = selections * (2 * tokens_and_probabilities + 2 * 4 * HIDDEN)  # dispatch and combine, there and back
+    assert ranks[0]["metrics"]["moe/all_to_all_gib"] * 2**30 == expected
+    assert selections > 0
+
+
+def test_rates_of_a_rank_follow_from_those_of_all() -> None:
+    (alone,) = run_ranks(speed_of_two_steps, 1, ["parallel=single"], "nothing")
+    assert alone["metrics"]["moe/all_to_all_gib"] == 0
+    assert alone["metrics"]["time/all_to_all_s"] == 0
+    two = run_ranks(speed_of_two_steps, 2, ["parallel=dp2"], "nothing")[0]["metrics"]
+    assert two["speed/tokens_per_second_per_gpu"] == 500
+    assert two["speed/tflops_per_gpu"] == pytest.approx(alone["metrics"]["speed/tflops_per_gpu"] / 2)
+    assert "speed/mfu" not in two

@@ -99,7 +99,7 @@ def test_a_finished_run_is_evaluated_on_its_test_sets(
     monkeypatch.setattr(loop, "held_out_loss", lambda *_: 2.0)
     context = SimpleNamespace(is_main=True, device=None, say=print)
     loop._summarize(
-        loop.Run(config, context, build_datasets(config), None, None, None, TrainState(4, 0), [], None, None), {}
+        loop.Run(config, context, build_datasets(config), None, None, None, TrainState(4, 0), [], None, None, None), {}
     )
     said = capsys.readouterr().out
     assert "test/lm_loss 2.0000" in said

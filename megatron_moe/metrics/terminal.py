@@ -71,7 +71,7 @@ class TerminalBar:
 
 def is_terminal() -> bool:
     """Whether a bar can be drawn where this process prints."""
-    return sys.stdout.isatty() and not Console().is_dumb_terminal
+    return sys.stdout is not None and sys.stdout.isatty() and not Console().is_dumb_terminal
 
 
 class _Console(Console):

@@ -94,7 +94,7 @@ class WandbRun:
             quiet()
             run_id, self._sent_step = identity(Path(self._config.run.dir), self._sent_step)
             run = self._start(run_id)
-            sys.stdout.write(f"wandb: {run.settings.sync_dir if run.offline else run.url}\n")
+            print(f"wandb: {run.settings.sync_dir if run.offline else run.url}", flush=True)  # noqa: T201
             while (call := self._next_call()) is not None:
                 with self._tolerant():
                     call(run)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.cli import ROOT, metrics_of, processes_mentioning, run_cli, user_environment
+from tests.helpers.runs import UNEQUAL
 from tests.helpers.training import TINY
 
 STEPS = 60
@@ -79,7 +80,7 @@ def started(name: str, cwd: Path, *arguments: str) -> Iterator[Command]:
 def computed(run: Path) -> list[dict[str, Any]]:
     """The logged steps without what the clock and the memory say."""
     return [
-        {name: value for name, value in line.items() if not name.startswith(("speed/", "memory/"))}
+        {name: value for name, value in line.items() if not name.startswith(UNEQUAL)}
         for line in metrics_of(run)
     ]
 

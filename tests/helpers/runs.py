@@ -29,7 +29,7 @@ LAYOUTS = {
     "tp2": (["parallel=tp2"], 2),
     "tp2_ep2": (["parallel=tp2_ep2"], 2),
 }
-UNEQUAL = ("speed/", "memory/")  # metrics that no two runs share
+UNEQUAL = ("speed/", "time/", "memory/", "checkpoint/")  # metrics that no two runs share
 Sample = tuple[int, int, str]  # its number, its source, digest of its tokens
 
 

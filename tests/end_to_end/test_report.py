@@ -93,7 +93,7 @@ def test_everything_of_a_run_is_drawn(
             *("Training loss", "Held-out loss"),
             *("Balance losses", "Largest violation", "Violation by layer", "Expert load", "Device load"),
             *("Learning rate", "Gradient norm"),
-            *("Throughput", "Duration of a step and its parts", "Memory"),
+            *("Throughput", "Throughput of a GPU", "Compute of a GPU", "Duration of a step and its parts", "Memory"),
             *("Time line of step 3", "Where the time of profiled steps went"),
         ]
         assert marks["Time line of step 3"] > 2 * 2 * 4  # passes of 4 micro batches on two ranks

@@ -210,7 +210,7 @@ def test_losses_by_source_and_their_weighted_mean(
 
     monkeypatch.setattr(loop, "held_out_loss", loss_of)
     context = SimpleNamespace(is_main=True, device=None, say=print)
-    run = loop.Run(config, context, datasets, None, None, None, TrainState(2, 0), [], None, None)
+    run = loop.Run(config, context, datasets, None, None, None, TrainState(2, 0), [], None, None, None)
     per_byte = json.loads(Path(f"{two}/a.manifest.json").read_text())
     factor = per_byte["tokens"] / per_byte["text_bytes"] / math.log(2)
     valid = {

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_moe.report.runs import Bar, RunRecord
+from megatron_moe.report.runs import Bar, RunRecord, some
 from megatron_moe.report.thinning import MAX_POINTS, Series, thin_out
 from megatron_moe.report.trace import KINDS
 
@@ -25,6 +25,7 @@ LABELS = {
     "speed/step_time_s": "whole step",
     "time/forward_backward_s": "forward and backward",
 }
+STEP_PARTS = "seconds; the all-to-all is within forward and backward"
 MAX_COLUMNS = 300  # of a heat map over time
 NO_NUMBER = 2**16 - 1
 MIN_SHARE = 1 / 4000  # of a time line's width: shorter bars cannot be seen
@@ -59,11 +60,11 @@ TOPICS = (
     Topic("optimization", "Batch", "sequences a step", ("train/batch_size",)),
     Topic("optimization", "Skipped steps", "since the first step", ("train/skipped_steps",)),
     Topic("speed", "Throughput", "tokens per second", ("speed/tokens_per_second",)),
-    Topic("speed", "Throughput of a GPU", "tokens per second", ("speed/tokens_per_second_per_gpu",)),
-    Topic("speed", "Compute of a GPU", "TFLOP/s", ("speed/tflops_per_gpu",)),
+    Topic("speed", "Throughput per GPU", "tokens per second", ("speed/tokens_per_second_per_gpu",)),
+    Topic("speed", "Model FLOP/s per GPU", "TFLOP/s", ("speed/tflops_per_gpu",)),
     Topic("speed", "Model FLOPs utilization", "share of the GPU's peak", ("speed/mfu",)),
-    Topic("speed", "Duration of a step and its parts", "seconds", ("speed/step_time_s", "time/*_s")),
-    Topic("speed", "Sent by the all-to-all", "GiB a step", ("moe/all_to_all_gib",)),
+    Topic("speed", "Duration of a step and its parts", STEP_PARTS, ("speed/step_time_s", "time/*_s")),
+    Topic("speed", "Sent by the all-to-all", "GiB a step, by all ranks", ("moe/all_to_all_gib",)),
     Topic("speed", "Memory", "GiB", ("memory/*_gib",)),
     Topic("speed", "Checkpoints", "seconds", ("checkpoint/*_s",)),
 )
@@ -143,7 +144,7 @@ def _line(run: int, label: str, series: Series) -> dict[str, Any]:
         "mean": _numbers(band.mean),
         "low": _numbers(band.low) if is_thinned else None,
         "high": _numbers(band.high) if is_thinned else None,
-        "not_finite": series.steps[~np.isfinite(series.values)].tolist()[:5],
+        "not_finite": some(series.steps[~np.isfinite(series.values)].tolist(), "step"),
     }
 
 

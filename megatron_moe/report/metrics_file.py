@@ -73,13 +73,14 @@ class _Reader:
         try:
             found = json.loads(line)
             step = found["step"]
-            if not isinstance(step, int) or step <= self._steps[-1]:
+            if not isinstance(step, int) or not self._steps[-1] < step < 2**53:
                 raise ValueError(f"step {step} after {self._steps[-1]}")
+            numbers = {name: _number(v) for name, v in found.items() if v is None or isinstance(v, int | float)}
             loads = self._loads(found)
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             self._unreadable.append(number)
         else:
-            self._add(step, found)
+            self._add(step, numbers)
             if loads:
                 self._add_loads(step, loads)
 
@@ -92,8 +93,7 @@ class _Reader:
             raise ValueError(f"loads of shapes {shapes}")
         return loads
 
-    def _add(self, step: int, line: dict[str, Any]) -> None:
-        numbers = {n: np.nan if v is None else v for n, v in line.items() if v is None or isinstance(v, int | float)}
+    def _add(self, step: int, numbers: dict[str, float]) -> None:
         for name, number in numbers.items():
             self._rows[name].append(len(self._steps))
             self._values[name].append(number)
@@ -118,3 +118,8 @@ class _Reader:
             last_step=int(steps[-1]),
             unreadable=self._unreadable,
         )
+
+
+def _number(value: float | None) -> float:
+    """What was not finite is logged as null."""
+    return np.nan if value is None else float(value)

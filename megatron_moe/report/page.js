@@ -84,8 +84,8 @@ function drawCurves(chart) {
   const colors = chart.lines.map((line, i) => color(ofOneRun ? i : line.run));
   const entries = ofOneRun ? chart.lines.map((line, i) => [line.label, colors[i]]) : [];
   const { plot, note } = card(chart.section, chart.title, chart.unit, { entries });
-  const missing = chart.lines.filter((line) => line.not_finite.length);
-  note.textContent = missing.map((line) => `${line.label}: no finite number at ${line.not_finite.join(", ")}`).join("; ");
+  const missing = chart.lines.filter((line) => line.not_finite);
+  note.textContent = missing.map((line) => `${line.label}: not finite at ${line.not_finite}`).join("; ");
   drawings.push(() => draw(
     plot,
     chart.lines.flatMap((line, i) => curveTraces(line, colors[i])),
@@ -109,7 +109,7 @@ const layerAxis = (layers) => ({ title: { text: "layer" }, autorange: "reversed"
 
 function drawViolations(chart) {
   const { plot } = card("routing", `Violation by layer${ofRun(chart.run)}`, "largest expert load over the mean, minus 1");
-  const zmax = Math.max(...data.violations.flatMap((each) => each.values.flat()));
+  const zmax = Math.max(...data.violations.flatMap((each) => each.values.map((row) => Math.max(...row))));
   drawings.push(() => draw(
     plot,
     [{ type: "heatmap", x: chart.steps, y: chart.layers, z: chart.values, zmin: 0, zmax,

@@ -107,10 +107,19 @@ def _read_run(folder: Path, name: str, config: Config) -> RunRecord:
 
 
 def _notes_on(metrics: Metrics) -> list[str]:
-    if lines := metrics.unreadable:
-        some = ", ".join(map(str, lines[:5])) + (", ..." if len(lines) > 5 else "")
-        return [f"metrics.jsonl: {len(lines)} lines are no logged step and were left out: {some}"]
-    return [] if metrics.last_step else ["metrics.jsonl: nothing has been logged yet"]
+    unreadable = some(metrics.unreadable, "line")
+    return [
+        *([f"metrics.jsonl: no logged step, and left out: {unreadable}"] if unreadable else []),
+        *([] if metrics.last_step else ["metrics.jsonl: nothing has been logged yet"]),
+    ]
+
+
+def some(numbers: list[int], what: str) -> str:
+    """'12 steps: 3, 7, 9, 11, 12, ...'; nothing of none."""
+    if not numbers:
+        return ""
+    count = f"{len(numbers)} {what}s: " if len(numbers) > 1 else f"{what} "
+    return count + ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
 
 
 def _readable(path: Path, read: Callable[[Path], T], notes: list[str]) -> T | None:

@@ -134,7 +134,7 @@ def test_several_runs_share_the_charts(browser: Any, trained: Path, tmp_path: Pa
         traces = page.evaluate(TRACES, "Training loss")
         assert [trace["name"] for trace in traces] == ["run", "other"]
         assert traces[1]["y"] == [8, 7, None, 5]
-        assert page.get_by_text("other: no finite number at 3").is_visible()
+        assert page.get_by_text("other: not finite at step 3").is_visible()
         assert page.get_by_text("empty: metrics.jsonl: nothing has been logged yet").is_visible()
         page.get_by_label("Curves over").select_option("tokens")
         page.wait_for_function(f"({TRACES})('Training loss')[1].x[3] === 400")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from megatron_moe.report import charts, tables
 from megatron_moe.report.metrics_file import read_metrics
 from megatron_moe.report.page import page
-from megatron_moe.report.runs import read_runs
+from megatron_moe.report.runs import read_runs, some
 from megatron_moe.report.thinning import Frames, Series, spread_out, thin_out
 from megatron_moe.report.trace import read_cost, seconds_by_kind
 from tests.helpers.cli import ROOT, run_cli
@@ -100,10 +100,12 @@ def test_broken_lines_are_told_and_an_unfinished_one_is_not(tmp_path: Path) -> N
     ragged = json.dumps({"step": 5, "moe/expert_load": [[1.0], [1.0, 2.0]]})
     other_shape = json.dumps({"step": 5, "moe/expert_load": [[1.0]], "moe/device_load": [[1.0]]})
     bad = ["{", "[]", "7", "null", "{}", '{"step": "5"}', '{"step": 4}', '{"step": 1.5}', ragged, other_shape, "\xff"]
+    bad += [f'{{"step": {10**30}}}', f'{{"step": 5, "train/lm_loss": {10**400}}}']
     text = "\n".join([*good[:2], *bad[:5], *good[2:], *bad[5:]]) + '\n{"step": 6, "train/lm'
     (tmp_path / "metrics.jsonl").write_text(text, encoding="latin-1")
     metrics = read_metrics(tmp_path / "metrics.jsonl")
-    assert metrics.unreadable == [3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15]
+    assert some(metrics.unreadable, "line") == "13 lines: 3, 4, 5, 6, 7, ..."
+    assert metrics.unreadable == [3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17]
     assert metrics.series["train/lm_loss"].steps.tolist() == [1, 2, 3, 4]
 
 
@@ -114,7 +116,7 @@ def test_what_was_not_finite_is_a_gap(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "run", lines=lines)])
     (chart,) = charts.curves(runs)
     assert chart["lines"][0]["mean"] == [2.0, None, 1.0]
-    assert chart["lines"][0]["not_finite"] == [2]
+    assert chart["lines"][0]["not_finite"] == "step 2"
     load = charts.loads(runs)[0]["kinds"]["expert_load"]
     assert np.frombuffer(base64.b64decode(load["data"]), "<u2").tolist() == [65534, 65535]
 

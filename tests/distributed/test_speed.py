@@ -2,6 +2,7 @@
 
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -102,6 +103,28 @@ def test_rates_of_a_rank_follow_from_those_of_all() -> None:
     assert two["speed/tokens_per_second_per_gpu"] == 500
     assert two["speed/tflops_per_gpu"] == pytest.approx(alone["metrics"]["speed/tflops_per_gpu"] / 2)
     assert "speed/mfu" not in two
+
+
+def utilization(precision: str) -> dict[str, Any]:
+    """On a rank whose device passes for one of a known peak: the metrics of a step."""
+    from megatron_moe.train import speed_metrics
+    from megatron_moe.train.step import train_step
+
+    device, name = torch.device("cuda"), "NVIDIA H100 80GB HBM3"
+    with tiny_run(["run.dir=unused", f"precision={precision}"]) as (run, batches, num_micro_batches):
+        train_step(run.pipeline, run.optimizer, batches, num_micro_batches)
+        with mock.patch.object(torch.cuda, "get_device_name", return_value=name):
+            peak = speed_metrics.device_peak_flops(run.config, device)
+        with mock.patch.object(speed_metrics, "device_peak_flops", return_value=peak):
+            rates = {"tokens_per_second": 1000.0, "step_time_s": 0.1}
+            return speed_metrics.speed_metrics(run.config, run.context, run.pipeline.timers, **rates)
+
+
+def test_mfu_is_of_the_peak_in_bf16_and_none_in_fp32() -> None:
+    (in_bf16,) = run_ranks(utilization, 1, "bf16")
+    assert in_bf16["speed/mfu"] == pytest.approx(in_bf16["speed/tflops_per_gpu"] / 989)
+    (in_fp32,) = run_ranks(utilization, 1, "fp32")
+    assert "speed/mfu" not in in_fp32
 
 
 def peaks(gib: float) -> tuple[float, float]:

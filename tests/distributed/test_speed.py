@@ -2,6 +2,7 @@
 
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -57,9 +58,11 @@ def speed_of_two_steps(overrides: list[str], slow: str) -> dict[str, Any]:
         for _ in range(STEPS):
             selected_elsewhere.clear()
             train_step(run.pipeline, run.optimizer, timed, num_micro_batches)
-        rates = {"tokens_per_second": 1000.0, "step_time_s": 0.1}
-        metrics = speed_metrics(run.config, run.context, run.pipeline.timers, **rates)
-    return {"metrics": metrics, "selected_elsewhere": sum(selected_elsewhere), "calls": len(calls)}
+        timers, own = run.pipeline.timers, {}
+        report = timers.report
+        timers.report = lambda: own.update(report()) or own
+        metrics = speed_metrics(run.config, run.context, timers, tokens_per_second=1000.0, step_time_s=0.1)
+    return {"metrics": metrics, "own": own, "selected_elsewhere": sum(selected_elsewhere), "calls": len(calls)}
 
 
 @pytest.mark.parametrize(
@@ -70,11 +73,17 @@ def test_the_time_of_the_slowest_rank_is_told_by_all(slow: str, times_a_step: in
     first, second = run_ranks(speed_of_two_steps, 2, ["parallel=ep2"], slow)
     assert first["metrics"] == second["metrics"]
     times = {name: value for name, value in first["metrics"].items() if name.startswith("time/")}
-    assert times[f"time/{slow}_s"] >= times_a_step * SLOW
+    own = [first["own"], second["own"]]
+    assert times == {
+        "time/forward_backward_s": max(rank["forward_backward"] - rank["data_wait"] for rank in own),
+        "time/all_to_all_s": max(rank["all_to_all"] for rank in own),
+        "time/optimizer_s": max(rank["optimizer"] for rank in own),
+        "time/data_wait_s": max(rank["data_wait"] for rank in own),
+    }
+    assert second["own"][slow] >= times_a_step * SLOW
     if slow == "all_to_all":  # tokens and probabilities there, tokens back, and as much in the backward pass
         assert first["calls"] == STEPS * times_a_step
         assert times["time/forward_backward_s"] >= times["time/all_to_all_s"]
-    assert times.keys() == {f"time/{part}_s" for part in ("forward_backward", "all_to_all", "optimizer", "data_wait")}
 
 
 def test_what_the_all_to_all_sends_is_what_the_selections_of_other_ranks_take() -> None:
@@ -94,3 +103,44 @@ def test_rates_of_a_rank_follow_from_those_of_all() -> None:
     assert two["speed/tokens_per_second_per_gpu"] == 500
     assert two["speed/tflops_per_gpu"] == pytest.approx(alone["metrics"]["speed/tflops_per_gpu"] / 2)
     assert "speed/mfu" not in two
+
+
+def utilization(precision: str) -> dict[str, Any]:
+    """On a rank whose device passes for one of a known peak: the metrics of a step."""
+    from megatron_moe.train import speed_metrics
+    from megatron_moe.train.step import train_step
+
+    device, name = torch.device("cuda"), "NVIDIA H100 80GB HBM3"
+    with tiny_run(["run.dir=unused", f"precision={precision}"]) as (run, batches, num_micro_batches):
+        train_step(run.pipeline, run.optimizer, batches, num_micro_batches)
+        with mock.patch.object(torch.cuda, "get_device_name", return_value=name):
+            peak = speed_metrics.device_peak_flops(run.config, device)
+        with mock.patch.object(speed_metrics, "device_peak_flops", return_value=peak):
+            rates = {"tokens_per_second": 1000.0, "step_time_s": 0.1}
+            return speed_metrics.speed_metrics(run.config, run.context, run.pipeline.timers, **rates)
+
+
+def test_mfu_is_of_the_peak_in_bf16_and_none_in_fp32() -> None:
+    (in_bf16,) = run_ranks(utilization, 1, "bf16")
+    assert in_bf16["speed/mfu"] == pytest.approx(in_bf16["speed/tflops_per_gpu"] / 989)
+    (in_fp32,) = run_ranks(utilization, 1, "fp32")
+    assert "speed/mfu" not in in_fp32
+
+
+def peaks(gib: float) -> tuple[float, float]:
+    """On each rank, of which the second takes some memory and gives it back: its own peak, and the one that is told."""
+    from megatron_moe.train.step import train_step
+    from megatron_moe.train.step_metrics import peak_memory_gib, step_metrics
+
+    with tiny_run(["run.dir=unused", "parallel=dp2"]) as (run, batches, num_micro_batches):
+        if run.context.rank == 1:
+            torch.ones(int(gib * 2**28))  # fp32
+        result = train_step(run.pipeline, run.optimizer, batches, num_micro_batches)
+        own = peak_memory_gib(run.context.device)
+        return own, step_metrics(run.config, run.context, run.pipeline.model, result)["memory/peak_gib"]
+
+
+def test_the_largest_peak_of_all_ranks_is_told() -> None:
+    (first, told), (second, told_too) = run_ranks(peaks, 2, 0.5)
+    assert second > first + 0.4
+    assert told == told_too == pytest.approx(second, abs=0.05)

@@ -79,10 +79,7 @@ def started(name: str, cwd: Path, *arguments: str) -> Iterator[Command]:
 
 def computed(run: Path) -> list[dict[str, Any]]:
     """The logged steps without what the clock and the memory say."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith(UNEQUAL)}
-        for line in metrics_of(run)
-    ]
+    return [{name: value for name, value in line.items() if not name.startswith(UNEQUAL)} for line in metrics_of(run)]
 
 
 def newest_step(run: Path) -> int:

@@ -32,5 +32,9 @@ pytestmark = [
 def test_one_gpu_learns(precision: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "pretrain.py"), *TINY, f"precision={precision}", "logger.log_interval=1"]
     subprocess.run([*command, "run.name=gpu"], cwd=tmp_path, env=environment(), check=True)
-    losses = [line["train/lm_loss"] for line in metrics_of(tmp_path / "runs" / "gpu")]
+    logged = metrics_of(tmp_path / "runs" / "gpu")
+    losses = [line["train/lm_loss"] for line in logged]
     assert sum(losses[-3:]) < sum(losses[:3])
+    for line in logged[3:]:
+        parts = sum(line[f"time/{part}_s"] for part in ("forward_backward", "optimizer", "data_wait"))
+        assert 0.3 * line["speed/step_time_s"] < parts < 1.2 * line["speed/step_time_s"]

@@ -63,9 +63,13 @@ class DecayUnit(Enum):
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Where a run lives. `name` has no clock in it: every rank, and every restart, must find the same folder."""
+    """Where a run lives. `name` has no clock in it: every rank, and every restart, must find the same folder.
+
+    `notes`: what is tried, in words.
+    """
 
     name: str = MISSING
+    notes: str | None = None
     dir: str = "runs/${run.name}"
 
 

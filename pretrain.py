@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -29,12 +30,19 @@ from omegaconf import DictConfig
 
 from megatron_moe.checkpoint.run_folder import saved_steps, step_of
 from megatron_moe.config.errors import ConfigError, Preempted, TrainingError
-from megatron_moe.config.load import COMPOSITION_ERRORS, explain, register_schema, to_config
+from megatron_moe.config.load import COMPOSITION_ERRORS, CONF_DIR, explain, register_schema, to_config
 from megatron_moe.config.schema import Config
 from megatron_moe.config.validate import validate
 from megatron_moe.distributed import launch, signals, watchdog
 from megatron_moe.distributed.accelerators import check_apex, quiet
-from megatron_moe.distributed.failures import INTERRUPTED, PREEMPTED, TRAINING_ERROR, USER_ERROR, record_failure
+from megatron_moe.distributed.failures import (
+    INTERRUPTED,
+    PREEMPTED,
+    TRAINING_ERROR,
+    USER_ERROR,
+    record_exit_code,
+    record_failure,
+)
 
 AUTO_RESTART = "--auto-restart"
 
@@ -69,12 +77,21 @@ def exit_code(error: BaseException, config: Config) -> int:
     return TRAINING_ERROR if is_explained else 1
 
 
-def load(composed: DictConfig) -> tuple[Config, int]:
-    """The checked configuration and the number of ranks that run it."""
+def typed(composed: DictConfig) -> Config:
+    """The configuration, its rules not yet checked.
+
+    Raises:
+        ConfigError: with everything that is wrong with the command line.
+    """
     try:
-        config = to_config(composed)
+        return to_config(composed)
     except ConfigError as error:
         raise explain(job_arguments(), error) from None
+
+
+def load(composed: DictConfig) -> tuple[Config, int]:
+    """The checked configuration and the number of ranks that run it."""
+    config = typed(composed)
     world_size = validate(config, launch.launched_world_size(os.environ))
     if is_sweep() and not any(o.startswith(("run.name=", "run.dir=")) for o in HydraConfig.get().overrides.task):
         raise ConfigError("run.name: each job of a sweep needs its own, such as run.name='lr-${optimizer.lr}'")
@@ -181,8 +198,8 @@ def refuse_rerun(arguments: list[str]) -> None:
         raise ConfigError(f"--experimental-rerun={given.experimental_rerun}: is refused, as it would run what it reads")
 
 
-def main() -> None:
-    """Join the launcher, if there is one, and let Hydra compose."""
+def main(job: Callable[[DictConfig, int], int] = run) -> None:
+    """Join the launcher, if there is one, and let Hydra compose for a job, which gets the restarts too."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself
     register_schema()
     launch.adopt_slurm_step(os.environ)
@@ -193,10 +210,11 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(fail(error))
 
-    @hydra.main(version_base="1.3", config_path="conf", config_name="pretrain")
+    @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="pretrain")
     def pretrain(composed: DictConfig) -> None:
         """One job of Hydra's: exits only if it fails, so that a sweep goes on."""
-        if code := run(composed, restarts):
+        if code := job(composed, restarts):
+            record_exit_code(code, os.environ)
             sys.exit(code)
 
     try:

@@ -65,12 +65,12 @@ class DecayUnit(Enum):
 class RunConfig:
     """Where a run lives. `name` has no clock in it: every rank, and every restart, must find the same folder.
 
-    `notes`: what it is for, in any words.
+    `notes`: what is tried, in words.
     """
 
     name: str = MISSING
-    dir: str = "runs/${run.name}"
     notes: str | None = None
+    dir: str = "runs/${run.name}"
 
 
 @dataclass(kw_only=True)

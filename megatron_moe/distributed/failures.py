@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_moe.distributed.watchdog import STACK_FILE
 
 PARENT = "MEGATRON_MOE_PARENT_PID"  # set in workers of ours
+EXIT_CODES = "MEGATRON_MOE_EXIT_CODES"  # a folder, named where the launcher is torchrun in a Slurm job
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun reads it too
 USER_ERROR, TRAINING_ERROR, PREEMPTED, INTERRUPTED = 2, 3, 75, 130  # exit codes, see pretrain.py
 EXPLAINED = (USER_ERROR, TRAINING_ERROR)  # those whose message says it all
@@ -99,6 +100,12 @@ def record_failure(message: str, text: str, environment: Mapping[str, str]) -> b
         content = json.dumps({"message": {"message": message, "extraInfo": info}})
         Path(environment[ERROR_FILE]).write_text(content, encoding="utf-8")
     return PARENT in environment
+
+
+def record_exit_code(code: int, environment: Mapping[str, str]) -> None:
+    """Leave an empty file named as the exit code, where asked for: torchrun ends with 1 whatever its ranks end with."""
+    if EXIT_CODES in environment:
+        Path(environment[EXIT_CODES], str(code)).touch()
 
 
 def read_failure(folder: Path, rank: int, exit_code: int, ended: float) -> Failure:

@@ -57,7 +57,7 @@ def adopt_slurm_step(environment: dict[str, str]) -> None:
     tasks = environment["SLURM_STEP_TASKS_PER_NODE"].split(",")[0]  # "4(x2)"
     environment["LOCAL_WORLD_SIZE"] = re.match(r"\d+", tasks).group()
     environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
-    environment.setdefault("MASTER_PORT", str(20000 + job % 20000))
+    environment.setdefault("MASTER_PORT", str(20000 + job % 10000))
 
 
 def first_host(nodelist: str) -> str:

@@ -1,7 +1,6 @@
 """What comes from files and from the command line is read, never run, and stays where it belongs."""
 
 import ast
-import base64
 import json
 import pickle
 import resource
@@ -27,6 +26,7 @@ from megatron_moe.train.restore import read_config
 from tests.helpers.canary import Canary
 from tests.helpers.cli import ROOT, run_cli
 from tests.helpers.ranks import run_ranks
+from tests.helpers.secrets import SECRETS, files_with
 from tests.helpers.training import TINY, tiny_config
 
 SOURCES = [*sorted((ROOT / "megatron_moe").rglob("*.py")), *sorted((ROOT / "tools").glob("*.py")), ROOT / "pretrain.py"]
@@ -163,24 +163,6 @@ def test_such_a_call_would_be_found(source: str) -> None:
 
 
 # --- Secrets of the environment stay there
-
-SECRETS = {
-    "WANDB_API_KEY": "0c1e5a7b" * 5,
-    "HF_TOKEN": "hf_CanaryHfToken0123456789abcdefghij",
-    "HUGGING_FACE_HUB_TOKEN": "hf_CanaryHubToken0123456789abcdefgh",
-    "AWS_ACCESS_KEY_ID": "AKIACANARY0123456789",
-    "AWS_SECRET_ACCESS_KEY": "CanaryAws/0123456789+abcdefghijklmnopqrs",
-}
-
-
-def files_with(text: str, folder: Path) -> list[str]:
-    """Files that hold a text, plain or in base64."""
-    forms = [text.encode(), base64.b64encode(text.encode()).rstrip(b"=")]
-    return [
-        str(path)
-        for path in folder.rglob("*")
-        if path.is_file() and any(form in path.read_bytes() or text in str(path) for form in forms)
-    ]
 
 
 def test_secrets_of_the_environment_are_in_no_file_and_no_output(tmp_path: Path, record_property) -> None:

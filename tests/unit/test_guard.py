@@ -1,6 +1,7 @@
 """Which steps update nothing, from their numbers alone."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -12,12 +13,17 @@ from hypothesis import strategies as st
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.config.errors import TrainingError
 from megatron_moe.config.load import compose_config
+from megatron_moe.config.schema import TrainConfig
 from megatron_moe.train.guard import Guard
 
 
+@functools.cache
+def options(*overrides: str) -> TrainConfig:
+    return compose_config([f"train.{override}" for override in overrides]).train
+
+
 def guard(*overrides: str, state: TrainState | None = None) -> Guard:
-    options = compose_config([f"train.{override}" for override in overrides]).train
-    return Guard(options, state or TrainState())
+    return Guard(options(*overrides), state or TrainState())
 
 
 def judge(guard: Guard, *losses: float) -> list[str | None]:

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# A chain of jobs, where Slurm may not start a job again: each goes on where the one before ended.
+#
+#     slurm/chain.sh 8 --nodes=16 slurm/pretrain.sbatch experiment=deepseekmoe_16b run.name=try1
+#
+# They run one after the other, and those left over when the run is done end at once.
+
+set -euo pipefail
+
+CHAIN=chain-$(date +%s)-$$
+export CHAIN
+for ((i = 0; i < $1; i++)); do
+  sbatch --job-name="$CHAIN" --dependency=singleton --no-requeue "${@:2}"
+done
+echo "all of them: scancel --name=$CHAIN"

@@ -1,0 +1,423 @@
+"""Jobs on a Slurm of two nodes: real runs, and runs whose rank does what it is told instead of training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from megatron_moe.config.derived import data_parallel_size
+from megatron_moe.config.load import CONF_DIR, compose_config
+from megatron_moe.config.validate import validate
+from megatron_moe.data.tokenizer import train_tokenizer
+from megatron_moe.plan.memory import memory_of_stage, static_bytes
+from slurm.sweep import job_arguments
+from tests.helpers.cli import ROOT, metrics_of, run_cli
+from tests.helpers.secrets import SECRETS, files_with
+from tests.helpers.slurm import Cluster, running_cluster, wait_until
+from tests.helpers.training import TINY
+
+LAYOUT = "parallel=pp2_ep2"
+INTERVAL = 10  # of saves
+RUN = [
+    *(option for option in TINY if not option.startswith("train.train_steps")),
+    "evaluation.interval=1000",
+    "evaluation.num_samples=8",
+    "logger.log_interval=1",
+    f"checkpoint.save_interval={INTERVAL}",
+]
+SHORT, LONG = "train.train_steps=60", "train.train_steps=100000"
+NOTES = """a "b" $(touch hacked); c | `touch hacked` > hacked
+$HOME && \\n * é"""
+PATIENCE_S = 300  # the machine may be busy
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What an uninterrupted run logs that pretrain.py starts itself."""
+    return uninterrupted(tmp_path_factory.mktemp("reference"), SHORT)
+
+
+def uninterrupted(folder: Path, steps: str) -> list[dict[str, Any]]:
+    result = run_cli("pretrain.py", *RUN, steps, LAYOUT, "run.name=whole", cwd=folder, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    return computed(folder / "runs" / "whole")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The project, as a folder to submit from."""
+    for name in ("pretrain.py", "conf", "tools", "megatron_moe", "slurm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def computed(run: Path) -> list[dict[str, Any]]:
+    """The logged steps without what the clock and the memory say."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("speed/", "memory/"))}
+        for line in metrics_of(run)
+    ]
+
+
+def log_of(project: Path, job: int | str) -> str:
+    file = project / f"slurm-{job}.out"
+    return file.read_text() if file.exists() else ""
+
+
+def said(project: Path, job: int | str) -> list[str]:
+    """The lines of a job's log that the script itself wrote, from the number of the attempt."""
+    return re.findall(r"^[\d-]{10} [\d:]{8} job \d+\.(\d+: .*)$", log_of(project, job), flags=re.MULTILINE)
+
+
+def wait_for_step(project: Path, job: int, step: int) -> None:
+    def is_there() -> bool:
+        steps = re.findall(r"^step +(\d+)/", log_of(project, job), flags=re.MULTILINE)
+        return bool(steps) and int(steps[-1]) >= step
+
+    wait_until(is_there, PATIENCE_S, lambda: log_of(project, job))
+
+
+def wait_for_restarts(cluster: Cluster, job: int, count: int) -> None:
+    wait_until(lambda: cluster.fields(job)["Restarts"] == str(count), PATIENCE_S, lambda: str(cluster.fields(job)))
+
+
+# --- Real runs
+
+
+def test_a_run_is_stopped_and_killed_and_ends_as_one_that_was_not(
+    cluster: Cluster, project: Path, reference: list[dict[str, Any]]
+) -> None:
+    """Told to save, as before a time limit; then a rank of the second node is killed. Strange notes, and secrets."""
+    options = [*RUN, SHORT, LAYOUT, "run.name=cut", f"run.notes='{NOTES}'"]
+    job = cluster.submit("--nodes=2", "slurm/pretrain.sbatch", *options, cwd=project, **SECRETS)
+    wait_for_step(project, job, 3)
+    cluster.call("scancel", "--signal=USR1", str(job))
+    wait_for_restarts(cluster, job, 1)
+    saved = int(re.search(r"saved at step (\d+)", said(project, job)[-1])[1])
+    wait_for_step(project, job, (saved // INTERVAL + 1) * INTERVAL + 2)
+    (victim,) = cluster.processes(SLURMD_NODENAME="n2", LOCAL_RANK="1")
+    victim.kill()
+    fields = cluster.wait(job, PATIENCE_S)
+
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "2")
+    run = project / "runs" / "cut"
+    lines = said(project, job)
+    kept = int(re.search(r"failed after step (\d+)", lines[3])[1])
+    assert kept > saved
+    assert kept % INTERVAL == 0
+    assert lines == [
+        f"0: 2 nodes of 2 ranks, runs/cut from step 0, logs in runs/cut/logs/{job}.0",
+        f"0: saved at step {saved}; requeued",
+        f"1: 2 nodes of 2 ranks, runs/cut from step {saved}, logs in runs/cut/logs/{job}.1",
+        f"1: failed after step {kept}; requeued",
+        f"2: 2 nodes of 2 ranks, runs/cut from step {kept}, logs in runs/cut/logs/{job}.2",
+        "2: done",
+    ]
+    assert re.search(r"^srun: error: n[12]: task [01]: ", log_of(project, job), flags=re.MULTILINE)
+    assert computed(run) == reference
+    assert yaml.safe_load((run / "config.yaml").read_text())["run"]["notes"] == NOTES
+    assert not list(project.rglob("hacked"))
+    for secret in SECRETS.values():
+        assert files_with(secret, project) == []
+
+    rank_0 = (run / "logs" / "rank_0.log").read_text()
+    assert rank_0.count("layout    4 ranks: tensor 1, pipeline 2 x 1 virtual, context 1, data 2, expert 2") == 3
+    assert "Traceback" not in rank_0
+    assert sorted(path.name for path in (run / "logs" / f"{job}.2").iterdir()) == [
+        "exit_codes",
+        "n1.log",
+        "n2.log",
+        "srun.log",
+    ]
+
+
+def test_a_cancelled_job_saves_and_leaves_nothing(cluster: Cluster, project: Path) -> None:
+    job = cluster.submit("--nodes=2", "slurm/pretrain.sbatch", *RUN, LONG, LAYOUT, "run.name=cut", cwd=project)
+    wait_for_step(project, job, 2)
+    cluster.call("scancel", str(job))
+    fields = cluster.wait(job, PATIENCE_S)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
+    (checkpoint,) = (project / "runs" / "cut" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert said(project, job)[-1] == f"0: saved at step {step}; ended by scancel or by Slurm"
+    wait_until(lambda: not cluster.processes(SLURM_JOB_ID=str(job)), 5, lambda: str(cluster.processes()))
+
+
+@pytest.mark.soak("time limits on Slurm")
+def test_time_limits_change_nothing(cluster: Cluster, project: Path, tmp_path: Path) -> None:
+    """Slurm looks every 30 s, so that the signal comes 20 to 50 s after the start."""
+    steps = "train.train_steps=600"
+    limit = ["--nodes=2", "--time=1", "--signal=USR1@10"]
+    job = cluster.submit(*limit, "slurm/pretrain.sbatch", *RUN, steps, LAYOUT, "run.name=cut", cwd=project)
+    fields = cluster.wait(job, 6 * PATIENCE_S)
+    assert fields["JobState"] == "COMPLETED"
+    assert int(fields["Restarts"]) >= 1
+    stops = [line for line in said(project, job) if "saved at step" in line]
+    assert len(stops) == int(fields["Restarts"])
+    assert computed(project / "runs" / "cut") == uninterrupted(tmp_path, steps)
+
+
+def tasks_of(cluster: Cluster, node: str) -> list[psutil.Process]:
+    return cluster.processes(SLURMD_NODENAME=node)
+
+
+def kill_torchrun(cluster: Cluster) -> None:
+    (torchrun,) = (process for process in tasks_of(cluster, "n2") if "RANK" not in process.environ())
+    torchrun.kill()
+
+
+def kill_step(cluster: Cluster) -> None:
+    """Of the second node: what Slurm started, and what watches over it there."""
+    tasks = tasks_of(cluster, "n2")
+    for process in {*tasks, *(task.parent() for task in tasks)}:
+        process.kill()
+
+
+def kill_node(cluster: Cluster) -> None:
+    cluster.kill_node("n2")
+    kill_step(cluster)
+
+
+@pytest.mark.soak("kills on Slurm")
+@pytest.mark.parametrize("kill", [kill_torchrun, kill_step, kill_node])
+def test_what_is_killed_on_a_node_comes_back(
+    kill: Any, cluster: Cluster, project: Path, reference: list[dict[str, Any]]
+) -> None:
+    job = cluster.submit("--nodes=2", "slurm/pretrain.sbatch", *RUN, SHORT, LAYOUT, "run.name=cut", cwd=project)
+    wait_for_step(project, job, INTERVAL + 2)
+    kill(cluster)
+    wait_for_restarts(cluster, job, 1)
+    if kill is kill_node:
+        cluster.start_node("n2")
+    assert cluster.wait(job, PATIENCE_S)["JobState"] == "COMPLETED"
+    assert computed(project / "runs" / "cut") == reference
+
+
+# --- A rank that does what `run.notes` says for the attempt: to save a step, to fail, to wait
+
+STAND_IN = f"""
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+spec = importlib.util.spec_from_file_location("real", "{ROOT}/pretrain.py")
+real = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(real)
+globals().update({{name: value for name, value in vars(real).items() if not name.startswith("__")}})
+
+
+def train_here(config, overrides):
+    run = Path(config.run.dir)
+    attempt = len(list(run.glob("tried_*")))
+    (run / f"tried_{{attempt}}").touch()
+    for word in config.run.notes.split(",")[attempt].split():
+        if word.isdecimal():
+            (run / "checkpoints" / f"step_{{int(word):08}}").mkdir(parents=True)
+        elif word == "preempted":
+            raise Preempted(0)
+        elif word == "hopeless":
+            raise TrainingError("the loss is not finite")
+        elif word == "crash":
+            raise RuntimeError("a broken cable")
+
+
+real.train_here = train_here
+if __name__ == "__main__":
+    real.main()
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A folder to submit from, in which the training is played."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    (tmp_path / "pretrain.py").write_text(STAND_IN)
+    return tmp_path
+
+
+def play(cluster: Cluster, folder: Path, attempts: str, *options: str, **environment: str) -> int:
+    script = [f"run.notes='{attempts}'", "run.name=played", "train.train_steps=9"]
+    return cluster.submit(*options, "slurm/pretrain.sbatch", *script, cwd=folder, **environment)
+
+
+def test_attempts_without_a_new_checkpoint_come_to_an_end(cluster: Cluster, stand_in: Path) -> None:
+    """Without the node that the user leaves out, in the second attempt too."""
+    job = play(cluster, stand_in, "crash,crash,9", "--nodes=1", "--exclude=n1", MOST_IDLE="2")
+    fields = cluster.wait(job, PATIENCE_S)
+    assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1")
+    assert (fields["NodeList"], fields["ExcNodeList"]) == ("n2", "n1")
+    assert said(stand_in, job) == [
+        f"0: 1 nodes of 1 ranks, runs/played from step 0, logs in runs/played/logs/{job}.0",
+        "0: failed after step 0; requeued",
+        f"1: 1 nodes of 1 ranks, runs/played from step 0, logs in runs/played/logs/{job}.1",
+        "1: attempts without a new checkpoint: 2, not started again",
+    ]
+    assert log_of(stand_in, job).count("RuntimeError: a broken cable") >= 2
+
+
+def test_what_would_come_again_is_not_requeued(cluster: Cluster, stand_in: Path) -> None:
+    job = play(cluster, stand_in, "hopeless")
+    wrong = cluster.submit("slurm/pretrain.sbatch", "model.num_layer=3", cwd=stand_in)
+    for number, code in ((job, 3), (wrong, 2)):
+        fields = cluster.wait(number, PATIENCE_S)
+        assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", f"{code}:0", "0")
+    assert said(stand_in, job)[-1] == "0: ended with exit code 3, not started again"
+    assert "error: the loss is not finite" in log_of(stand_in, job)
+    assert "error: model.num_layer=3: Key 'num_layer' not in 'ModelConfig'" in log_of(stand_in, wrong)
+
+
+def test_a_job_that_may_not_be_requeued_says_so(cluster: Cluster, stand_in: Path) -> None:
+    job = play(cluster, stand_in, "4 preempted", "--no-requeue")
+    assert cluster.wait(job, PATIENCE_S)["ExitCode"] == "75:0"
+    assert said(stand_in, job)[-1] == "0: saved at step 4; not requeued, the same command goes on"
+
+
+def test_a_chain_goes_on_and_ends_with_the_run(cluster: Cluster, stand_in: Path) -> None:
+    assert chain(cluster, stand_in, "7 crash,9", 3) == [
+        ("1:0", "0: failed after step 7; the next job of the chain goes on"),
+        ("0:0", "0: done"),
+        ("0:0", "0: runs/played is done"),
+    ]
+
+
+@pytest.mark.soak("chains on Slurm")
+def test_a_chain_ends_with_a_run_that_cannot_go_on(cluster: Cluster, stand_in: Path) -> None:
+    assert chain(cluster, stand_in, "4 preempted,hopeless,9", 4) == [
+        ("75:0", "0: saved at step 4; the next job of the chain goes on"),
+        ("3:0", "0: ended with exit code 3, not started again"),
+        ("1:0", "0: the chain has ended, see the job before"),
+        ("1:0", "0: the chain has ended, see the job before"),
+    ]
+
+
+def chain(cluster: Cluster, folder: Path, attempts: str, length: int) -> list[tuple[str, str]]:
+    """What its jobs end with: exit code and last word."""
+    script = ["slurm/pretrain.sbatch", f"run.notes='{attempts}'", "run.name=played", "train.train_steps=9"]
+    answer = cluster.call("slurm/chain.sh", str(length), *script, cwd=folder)
+    jobs = re.findall(r"Submitted batch job (\d+)", answer)
+    assert re.search(r"all of them: scancel --name=chain-\d+-\d+\n$", answer)
+    return [(cluster.wait(job, PATIENCE_S)["ExitCode"], said(folder, job)[-1]) for job in jobs]
+
+
+def test_a_sweep_is_an_array_of_runs(cluster: Cluster, stand_in: Path) -> None:
+    """Of which the last number is one too many."""
+    sweep = ["model=dense_nano,deepseekmoe_nano", "run.notes='9'", "run.name=${model.name}", "train.train_steps=9"]
+    array = cluster.submit("--array=0-2", "slurm/sweep.sbatch", *sweep, cwd=stand_in)
+    ends = [cluster.wait(f"{array}_{task}", PATIENCE_S)["ExitCode"] for task in range(3)]
+    assert ends == ["0:0", "0:0", "2:0"]
+    runs = [stand_in / "runs" / name for name in ("dense_nano", "deepseekmoe_nano")]
+    assert all((run / "checkpoints" / "step_00000009").is_dir() for run in runs)
+    assert sorted(path.name for path in (stand_in / "runs").iterdir()) == ["deepseekmoe_nano", "dense_nano"]
+    assert "error: --array: has 2, the sweep's 2 jobs are --array=0-1" in log_of(stand_in, f"{array}_2")
+
+
+def test_a_step_runs_in_the_container(cluster: Cluster, stand_in: Path) -> None:
+    """pyxis adds options to srun; here one that notes them and leaves them out stands in for it."""
+    (stand_in / "bin").mkdir()
+    srun = stand_in / "bin" / "srun"
+    srun.write_text(f"""#!{sys.executable}
+import os, sys
+with open("options", "a") as file:
+    file.write(" ".join(a for a in sys.argv if a.startswith("--container")) + "\\n")
+os.execv("{shutil.which("srun")}", ["srun", *(a for a in sys.argv[1:] if not a.startswith("--container"))])
+""")
+    srun.chmod(0o755)
+    path = f"{stand_in}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = play(cluster, stand_in, "9", CONTAINER_IMAGE="my image", CONTAINER_MOUNTS="/data:/data", PATH=path)
+    assert cluster.wait(job, PATIENCE_S)["JobState"] == "COMPLETED", log_of(stand_in, job)
+    mounts = f"--container-mounts={stand_in}:{stand_in},/data:/data"
+    options = f"--container-image=my image {mounts} --container-workdir={stand_in}"
+    assert (stand_in / "options").read_text().splitlines() == [options] * 2
+
+
+# --- Tokenizing
+
+TEXT = [f"The number {i} is followed by {i + 1}, and {i * i} is its square.\n" * 20 for i in range(20_000)]
+
+
+@pytest.mark.soak("time limits on Slurm")
+def test_tokenizing_goes_on_after_its_time_limit(cluster: Cluster, project: Path) -> None:
+    (project / "docs.jsonl").write_text("".join(f'{{"text": {line!r}}}\n'.replace("'", '"') for line in TEXT))
+    train_tokenizer(TEXT[:100], 300).save(str(project / "tokenizer.json"))
+    options = ["--input", "docs.jsonl", "--tokenizer", "tokenizer.json", "--output"]
+    job = cluster.submit("slurm/preprocess.sbatch", *options, "docs", cwd=project)
+    wait_until(lambda: any(project.glob("docs*.partial*")), PATIENCE_S, lambda: log_of(project, job))
+    cluster.call("scancel", "--batch", "--signal=USR1", str(job))
+    fields = cluster.wait(job, PATIENCE_S)
+    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "1")
+    whole = run_cli("tools/preprocess_data.py", *options, "whole", cwd=project)
+    assert whole.returncode == 0, whole.stderr
+    assert (project / "docs.bin").read_bytes() == (project / "whole.bin").read_bytes()
+
+
+# --- slurm/README.md
+
+README = (ROOT / "slurm" / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines()]
+ROW = r"^\| `(\w+)` \| (\d+) \| `(\w+)` \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
+
+
+def some_job(cluster: Cluster, folder: Path, *, waits: bool) -> int:
+    job = cluster.submit(*(["--hold"] if waits else []), "--requeue", "--wrap=sleep 1", cwd=folder)
+    state = "PENDING" if waits else "RUNNING"
+    wait_until(lambda: cluster.fields(job)["JobState"] == state, PATIENCE_S, lambda: str(cluster.fields(job)))
+    return job
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[:60])
+def test_a_command_of_the_readme_is_accepted(command: str, cluster: Cluster, project: Path) -> None:
+    """By the controller, for 64 nodes of 8 GPUs; and what it trains is a right configuration of them."""
+    tested = re.sub(r"\b(sbatch|chain\.sh \d+) ", r"\1 --test-only --gpus-per-node=8 ", command, count=1)
+    if "JOBID" in command:
+        tested = tested.replace("JOBID", str(some_job(cluster, project, waits="scontrol" in command)))
+        tested = tested.replace("n007", "n2")
+    result = cluster.run("bash", "-e", "-o", "pipefail", "-c", tested, cwd=project, SBATCH_PARTITION="gpu")
+    assert result.returncode == 0, result.stdout
+    assert "error" not in result.stdout
+    if "pretrain.sbatch" in command or "sweep.sbatch" in command:
+        nodes = int(re.search(r"--nodes=(\d+)", command)[1])
+        assert result.stdout.count("to start at") == (8 if "chain" in command else 1)
+        overrides = shlex.split(command.split(".sbatch ")[1])
+        (project / "data").mkdir()
+        for file in ("docs.bin", "docs.idx"):
+            (project / "data" / file).touch()
+        with contextlib.chdir(project):
+            job = job_arguments(overrides, {"SLURM_ARRAY_TASK_ID": "5"} if "sweep" in command else {})
+            config = compose_config([o.replace("/data/", "data/") for o in job])
+            assert validate(config, 8 * nodes) == 8 * nodes
+
+
+def test_the_readme_tells_the_memory_that_is_computed() -> None:
+    rows = re.findall(ROW, README, flags=re.MULTILINE)
+    assert len(rows) == 4
+    for name, nodes, layout, replicas, *gib in rows:
+        config = compose_config([f"experiment={name}"])
+        ranks, parallel = 8 * int(nodes), config.parallel
+        stages = range(parallel.pipeline_model_parallel_size)
+        fullest = max(stages, key=lambda stage: memory_of_stage(config, ranks, stage))
+        together, states = memory_of_stage(config, ranks, fullest), static_bytes(config, ranks, fullest)
+        assert [float(number) for number in gib] == pytest.approx(
+            [number / 2**30 for number in (states, together - states, together)], abs=0.05
+        )
+        assert data_parallel_size(parallel, ranks) == int(replicas)
+        assert f"- override /parallel: {layout}\n" in (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
+        assert f"--nodes={nodes} " in next(c for c in COMMANDS if f"={name} " in c)

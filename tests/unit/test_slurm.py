@@ -1,0 +1,126 @@
+"""What slurm/ computes in Python, without a Slurm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import ParallelConfig
+from megatron_moe.distributed.failures import EXIT_CODES, record_exit_code
+from slurm.prepare import ranks_per_node
+from slurm.sweep import job_arguments
+from tests.helpers.cli import ROOT, run_cli
+from tests.helpers.training import TINY
+
+LAYOUT = ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)  # 4 ranks
+
+
+@pytest.mark.parametrize(
+    ("nodes", "environment", "ranks"),
+    [
+        (2, {}, 2),
+        (3, {}, 2),  # two more than the layout needs; whether they fit is checked with all other rules
+        (8, {}, 1),
+        (2, {"SLURM_GPUS_ON_NODE": "8"}, 8),
+        (2, {"SLURM_GPUS_ON_NODE": "8", "RANKS_PER_NODE": "4"}, 4),
+    ],
+)
+def test_ranks_of_a_node(nodes: int, environment: dict[str, str], ranks: int) -> None:
+    assert ranks_per_node(LAYOUT, {"SLURM_JOB_NUM_NODES": str(nodes), **environment}) == ranks
+
+
+@pytest.mark.parametrize("given", ["0", "four", "-1"])
+def test_a_number_of_ranks_that_is_none(given: str) -> None:
+    with pytest.raises(ConfigError, match=f"RANKS_PER_NODE={given}: must be a number of ranks"):
+        ranks_per_node(LAYOUT, {"SLURM_JOB_NUM_NODES": "2", "RANKS_PER_NODE": given})
+
+
+def test_a_sweep_s_jobs_are_those_of_multirun() -> None:
+    given = ["--config-dir", "mine", "model=a,b", "train.seed=1,2,3", "run.notes='a, \"b\" $(c); d'", "run.name=${x}"]
+    jobs = [job_arguments(given, {"SLURM_ARRAY_TASK_ID": str(task)}) for task in range(6)]
+    assert jobs[4] == [
+        "--config-dir",
+        "mine",
+        "model=b",
+        "train.seed=2",
+        "run.notes='a, \"b\" $(c); d'",
+        "run.name=$\\{x\\}",  # as Hydra writes it
+    ]
+    assert len({tuple(job) for job in jobs}) == 6
+    assert job_arguments(given, {}) == given
+
+
+@pytest.mark.parametrize(
+    ("overrides", "task", "message"),
+    [
+        (["model=a,b", "run.name=x-${model}"], 2, "--array: has 2, the sweep's 2 jobs are --array=0-1"),
+        (["model=a,b"], 0, "run.name: each job of a sweep needs its own"),
+    ],
+)
+def test_a_sweep_that_cannot_be(overrides: list[str], task: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job_arguments(overrides, {"SLURM_ARRAY_TASK_ID": str(task)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--auto-restart", "3"], "--auto-restart: leave it out, Slurm starts the job again"),
+        (["--multirun", "train.seed=1,2", "run.name=a-${train.seed}"], "slurm/sweep.sbatch takes the same overrides"),
+        (["parallel=pp4"], "9 ranks: must be a multiple of 4"),
+    ],
+)
+def test_a_command_line_is_refused_before_the_ranks_start(arguments: list[str], message: str, tmp_path: Path) -> None:
+    job = {"SLURM_JOB_NUM_NODES": "3", "RANKS_PER_NODE": "3"}
+    result = run_cli("slurm/prepare.py", *arguments, *TINY, cwd=tmp_path, **job)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_the_batch_script_is_told(tmp_path: Path) -> None:
+    folder = "runs/a  $(b)\n'c'"
+    run_dir = "run.dir='" + folder.replace("'", "\\'") + "'"
+    job = {"SLURM_JOB_NUM_NODES": "2"}
+    result = run_cli("slurm/prepare.py", *TINY, "parallel=pp2_ep2", "train.exit_step=7", run_dir, cwd=tmp_path, **job)
+    assert result.stdout == f"2 7\n{folder}\n"
+    assert (tmp_path / folder).is_dir()
+
+
+TORCHRUN = """
+import os, signal, sys
+print(sorted(s.name for s in signal.pthread_sigmask(signal.SIG_BLOCK, [])), os.environ["OMP_NUM_THREADS"], sys.argv[1:], flush=True)
+print("a warning", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_node_becomes_torchrun_which_hears_no_signals(node: int, tmp_path: Path) -> None:
+    (tmp_path / "torch" / "distributed").mkdir(parents=True)
+    for package in ("torch", "torch/distributed"):
+        (tmp_path / package / "__init__.py").touch()
+    (tmp_path / "torch" / "distributed" / "run.py").write_text(TORCHRUN)
+    nodes = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": str(node), "SLURMD_NODENAME": f"n{node}"}
+    threads = {"MASTER_ADDR": "n0", "MASTER_PORT": "20007", "OMP_NUM_THREADS": "3"}
+    result = run_cli("slurm/node.py", "4", str(tmp_path), "run.notes=a  b", cwd=tmp_path, **nodes, **threads)
+    options = [
+        "--nnodes=2",
+        f"--node-rank={node}",
+        "--nproc-per-node=4",
+        "--master-addr=n0",
+        "--master-port=20007",
+        str(ROOT / "pretrain.py"),
+        "run.notes=a  b",
+    ]
+    seen = f"['SIGTERM', 'SIGUSR1'] 3 {options}\n"
+    log = (tmp_path / f"n{node}.log").read_text()
+    assert (result.stdout, log) == ((seen, "a warning\n") if node == 0 else ("", f"{seen}a warning\n"))
+
+
+def test_a_rank_leaves_its_exit_code(tmp_path: Path) -> None:
+    record_exit_code(3, {})
+    record_exit_code(75, {EXIT_CODES: str(tmp_path)})
+    record_exit_code(75, {EXIT_CODES: str(tmp_path)})
+    assert [path.name for path in tmp_path.iterdir()] == ["75"]

@@ -1,5 +1,6 @@
 import os
 
+import hypothesis
 import pytest
 
 # Before torch is imported anywhere: two cores are shared by up to four ranks.
@@ -9,6 +10,8 @@ os.environ["WANDB_MODE"] = "offline"
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 pytest_plugins = ["tests.soak"]
+hypothesis.settings.register_profile("shared cores", deadline=None)
+hypothesis.settings.load_profile("shared cores")
 
 LONGEST = "tests/end_to_end/test_first_run.py"
 

@@ -89,7 +89,7 @@ def test_other_shapes_and_chunks() -> None:
     ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(shape=st.lists(st.integers(1, 4), min_size=1, max_size=3), data=st.data())
 def test_counts_are_those_of_a_count_by_value(shape: list[int], data: st.DataObject) -> None:
     spans = [list(itertools.combinations(range(size + 1), 2)) for size in shape]

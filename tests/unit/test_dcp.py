@@ -40,7 +40,7 @@ def save_cut(folder: Path, whole: torch.Tensor, cuts: list[list[int]], kept: int
     dcp._data_offset.cache_clear()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shape=SHAPES, data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_rows_across_chunks(
     tmp_path_factory: pytest.TempPathFactory, shape: list[int], data: st.DataObject, dtype: torch.dtype

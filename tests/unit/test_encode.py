@@ -59,7 +59,7 @@ def read(path: Path) -> list[str | Problem]:
     return [text_of(record, Format.jsonl, "text") for record in reader.records()]
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=1000, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @example([""], True, "\n")
 @example(["".join(map(chr, itertools.chain(range(0xD800), range(0xE000, 0x110000, 97))))], False, "\r\n")
 @example(["x y\r\n" * SEQUENCE_LENGTH, END_OF_SENTENCE, ""], True, "\n")
@@ -81,7 +81,7 @@ def test_documents_survive_the_round_trip(
     assert [encoder.tokenizer.decode(ids[:-1]) for ids in stored] == documents
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(st.text(st.one_of(st.characters(min_codepoint=0xD7F0, max_codepoint=0xE010), st.just("a")), max_size=6))
 def test_surrogates_are_read_in_pairs_or_refused(files: Iterator[Path], text: str) -> None:
     path = next(files)

@@ -146,7 +146,7 @@ def test_the_row_goes_on_after_a_restart() -> None:
         judge(one, math.nan)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     mean=st.floats(0.1, 12),

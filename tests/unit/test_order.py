@@ -81,7 +81,7 @@ def furthest_from_share(counts: list[int], periods: int) -> Fraction:
     return Fraction(worst, period)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(counts=st.lists(st.integers(1, 50), min_size=2, max_size=60), periods=st.integers(1, 3))
 def test_every_source_is_within_a_sample_of_its_share_at_any_prefix(counts: list[int], periods: int) -> None:
     order = turns(counts)
@@ -89,7 +89,7 @@ def test_every_source_is_within_a_sample_of_its_share_at_any_prefix(counts: list
     assert furthest_from_share(counts, periods) < 1
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(weights=weight_lists)
 def test_shares_that_no_short_period_holds_are_kept_as_well(weights: list[float]) -> None:
     counts = [count for count in period_of(weights) if count]

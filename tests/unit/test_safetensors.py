@@ -67,7 +67,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, data: bytes) -> None:
         read_header(tmp_path / "x")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(edits=EDITS, end=st.integers(1, 2 * len(VALID)))
 def test_what_is_accepted_is_valid(tmp_path_factory: pytest.TempPathFactory, edits: list, end: int) -> None:
     """The package's own check is the judge: damaged or cut files are refused wherever it refuses them."""

@@ -89,7 +89,7 @@ def ramped(micro_batch_size: int, ramp: bool) -> Config:
     return compose_config(options)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     data=st.data(),
     ramp=st.booleans(),
@@ -130,7 +130,6 @@ def test_a_source_goes_on_into_its_next_epoch_among_the_others(blend: BlendedDat
         assert blend.document_lengths(index).tolist() == blend.datasets[source].document_lengths(number).tolist()
 
 
-@settings(deadline=None)
 @given(
     rows=st.integers(1, 20).flatmap(
         lambda total: st.lists(
@@ -167,7 +166,7 @@ def test_documents_are_kept_apart_as_far_as_asked(rows: list[list[int]], options
         assert (tuple(tensor.shape[1:]), tensor.dtype) == (shapes[name], types[name])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=st.lists(st.integers(1, 40), min_size=3, max_size=60), sequence_length=st.integers(1, 24))
 def test_pieces_follow_the_documents_and_the_token_that_ends_them(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], sequence_length: int

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,8 @@ def _first_of_each_moment(spans: Iterable[Span]) -> defaultdict[str, float]:
     changes = sorted(change for a, b, kind in spans for change in ((a, 1, kind), (b, -1, kind)))
     under_way = dict.fromkeys(KINDS, 0)
     seconds: defaultdict[str, float] = defaultdict(float)
-    before = 0.0
-    for now, change, kind in changes:
-        first = next((kind for kind in KINDS if under_way[kind]), "idle")
-        seconds[first] += (now - before) / 1e6 if before else 0.0
+    for (now, change, kind), (then, _, _) in pairwise(changes):
         under_way[kind] += change
-        before = now
+        first = next((kind for kind in KINDS if under_way[kind]), "idle")
+        seconds[first] += (then - now) / 1e6
     return seconds

@@ -43,10 +43,10 @@ def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_later_steps_and_lines_that_were_cut_off_are_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    drop_after(path, 3)
+    assert drop_after(path, 3) == 0
     assert not path.exists()
     path.write_text('{"step": 1}\n{"step": 3}\nnonsense\n[2]\n{"step": 4}\n{"step": 2}')
-    drop_after(path, 3)
+    assert drop_after(path, 3) == 4
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 

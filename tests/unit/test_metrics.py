@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 
 from megatron_moe.config.load import compose_config
 from megatron_moe.metrics.logger import MetricLogger, progress_line
@@ -79,6 +80,12 @@ def test_wandb_key_is_found_in_the_environment_and_in_netrc(tmp_path: Path, monk
     netrc.write_text("machine api.wandb.ai login user password x\n")
     netrc.chmod(0o600)
     assert has_wandb_key()
+    netrc.write_text("machine models.example.org login user password x\n")
+    assert not has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://models.example.org")
+    wandb.teardown()  # it has read its environment
+    assert has_wandb_key()
+    wandb.teardown()
 
 
 def test_what_is_not_finite_is_null_in_the_log_and_readable_in_the_progress(tmp_path: Path) -> None:

@@ -67,3 +67,23 @@ def test_a_crash_leaves_its_stack(number: signal.Signals, tmp_path: Path) -> Non
     result = run(code, tmp_path / "stack")
     assert result.returncode == -number
     assert "in crash" in (tmp_path / "stack").read_text()
+
+
+def test_how_long_a_process_has_been_silent_is_known() -> None:
+    code = """
+shares = [watchdog.share_of_timeout()]
+watchdog.start(10)
+shares.append(watchdog.share_of_timeout())
+watchdog.alive()
+time.sleep(1.1)
+shares.append(watchdog.share_of_timeout())
+watchdog.alive()
+shares.append(watchdog.share_of_timeout())
+watchdog.stop()
+shares.append(watchdog.share_of_timeout())
+print(*shares)
+"""
+    before, not_yet, silent, alive, stopped = map(float, run(code, None).stdout.split())
+    assert before == not_yet == stopped == 0.0
+    assert 0.1 <= silent < 0.5
+    assert 0.0 < alive < silent

@@ -26,12 +26,12 @@ from slurm.sweep import job_arguments
 
 
 def ranks_per_node(parallel: ParallelConfig, environment: Mapping[str, str]) -> int:
-    """`RANKS_PER_NODE`, or one for each of a node's GPUs; without either, the ranks of the layout over the nodes.
+    """`RANKS_PER_NODE`, which is the number of GPUs unless the user says otherwise; else the layout's over the nodes.
 
     Raises:
         ConfigError: it is no number of ranks.
     """
-    given = environment.get("RANKS_PER_NODE") or environment.get("SLURM_GPUS_ON_NODE")
+    given = environment.get("RANKS_PER_NODE")
     if given is None:
         return -(-required_world_size(parallel) // int(environment["SLURM_JOB_NUM_NODES"]))
     if not given.isdecimal() or int(given) == 0:

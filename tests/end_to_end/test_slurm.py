@@ -105,8 +105,8 @@ def test_a_run_is_stopped_and_killed_and_ends_as_one_that_was_not(
     cluster: Cluster, project: Path, reference: list[dict[str, Any]]
 ) -> None:
     """Told to save, as before a time limit; then a rank of the second node is killed. Strange notes, and secrets."""
-    options = [*RUN, SHORT, LAYOUT, "run.name=cut", f"run.notes='{NOTES}'"]
-    job = cluster.submit("--nodes=2", "slurm/pretrain.sbatch", *options, cwd=project, **SECRETS)
+    script = ["slurm/pretrain.sbatch", *RUN, SHORT, LAYOUT, "run.name=cut", f"run.notes='{NOTES}'"]
+    job = cluster.submit("--nodes=2", f"--job-name={NOTES}", *script, cwd=project, **SECRETS)
     wait_for_step(project, job, 3)
     cluster.call("scancel", "--signal=USR1", str(job))
     wait_for_restarts(cluster, job, 1)
@@ -214,8 +214,7 @@ def test_what_is_killed_on_a_node_comes_back(
 
 STAND_IN = f"""
 import importlib.util
-import sys
-import time
+import os
 from pathlib import Path
 
 spec = importlib.util.spec_from_file_location("real", "{ROOT}/pretrain.py")
@@ -229,7 +228,9 @@ def train_here(config, overrides):
     attempt = len(list(run.glob("tried_*")))
     (run / f"tried_{{attempt}}").touch()
     for word in config.run.notes.split(",")[attempt].split():
-        if word.isdecimal():
+        if word == "gpus":
+            (run / f"gpus_{{os.environ['RANK']}}").write_text(os.environ["SLURM_GPUS_ON_NODE"])
+        elif word.isdecimal():
             (run / "checkpoints" / f"step_{{int(word):08}}").mkdir(parents=True)
         elif word == "preempted":
             raise Preempted(0)
@@ -327,6 +328,15 @@ def test_a_sweep_is_an_array_of_runs(cluster: Cluster, stand_in: Path) -> None:
     assert all((run / "checkpoints" / "step_00000009").is_dir() for run in runs)
     assert sorted(path.name for path in (stand_in / "runs").iterdir()) == ["deepseekmoe_nano", "dense_nano"]
     assert "error: --array: has 2, the sweep's 2 jobs are --array=0-1" in log_of(stand_in, f"{array}_2")
+
+
+def test_a_node_with_gpus_has_a_rank_for_each(cluster: Cluster, stand_in: Path) -> None:
+    """Though sbatch was not asked for GPUs: whole nodes have them."""
+    job = play(cluster, stand_in, "gpus,gpus", "--partition=gpu", "--nodelist=n3")
+    assert cluster.wait(job, PATIENCE_S)["JobState"] == "COMPLETED"
+    assert said(stand_in, job)[0].startswith("0: 1 nodes of 2 ranks, ")
+    ranks = sorted((stand_in / "runs" / "played").glob("gpus_*"))
+    assert [(path.name, path.read_text()) for path in ranks] == [("gpus_0", "2"), ("gpus_1", "2")]
 
 
 def test_a_step_runs_in_the_container(cluster: Cluster, stand_in: Path) -> None:

@@ -1,4 +1,4 @@
-"""A Slurm of its own: a controller and two nodes on this machine, and 64 nodes with GPUs that are never started."""
+"""A Slurm of its own on this machine: a controller, two nodes, one that claims GPUs, and 64 that are never started."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -24,7 +23,7 @@ from tests.helpers.cli import ROOT, user_environment
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SBIN = "/usr/sbin:/sbin"  # not on every user's path
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 KILL_WAIT_S = 15  # from SIGTERM to SIGKILL
 CONFIG = """
@@ -33,6 +32,8 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser={user}
 SlurmdUser={user}
+# So that two clusters choose other ports for their jobs.
+FirstJobId={ports[0]}
 # A requeued job waits until a credential is no longer valid: five seconds are the least.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
@@ -57,9 +58,10 @@ SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=2 RealMemory=1000 Gres=gpu:2
 NodeName=g[001-064] NodeAddr=127.0.0.1 CPUs=128 RealMemory=1000000 Gres=gpu:8 State=CLOUD
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE
-PartitionName=gpu Nodes=g[001-064] MaxTime=INFINITE
+PartitionName=gpu Nodes=n3,g[001-064] MaxTime=INFINITE
 """
 
 
@@ -70,7 +72,7 @@ class Cluster:
         self.folder = folder
         self.config = folder / "slurm.conf"
         self.environment = {
-            **user_environment(),
+            **{name: value for name, value in user_environment().items() if not name.startswith(("SLURM_", "SBATCH_"))},
             "PATH": f"{os.environ['PATH']}:{SBIN}",
             "SLURM_CONF": str(self.config),
             "OMP_NUM_THREADS": "1",
@@ -83,10 +85,12 @@ class Cluster:
         """Start it and wait until both nodes are there."""
         host = socket.gethostname().split(".")[0]
         config = CONFIG.format(
-            folder=self.folder, host=host, user=getpass.getuser(), ports=free_ports(3), kill_wait=KILL_WAIT_S
+            folder=self.folder, host=host, user=getpass.getuser(), ports=free_ports(4), kill_wait=KILL_WAIT_S
         )
         self.config.write_text(config)
-        (self.folder / "gres.conf").write_text("NodeName=g[001-064] Name=gpu Count=8\n")
+        for gpu in range(2):
+            (self.folder / f"gpu{gpu}").touch()
+        (self.folder / "gres.conf").write_text(f"NodeName=n3 Name=gpu File={self.folder}/gpu[0-1]\n")
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
@@ -96,7 +100,7 @@ class Cluster:
         self._start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        wait_until(lambda: self.call("sinfo", "-hN", "-pmain", "-o%T").split() == ["idle", "idle"], 30, self.logs)
+        wait_until(lambda: self.call("sinfo", "-hN", "-nn[1-3]", "-o%T").split() == ["idle"] * 3, 30, self.logs)
 
     def start_node(self, node: str) -> None:
         """The daemon of a node."""
@@ -216,16 +220,5 @@ def running_cluster() -> Iterator[Cluster]:
         cluster.start()
         yield cluster
     finally:
-        with exit_signals_held():
-            cluster.stop()
+        cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def exit_signals_held() -> Iterator[None]:
-    """Ctrl-C comes after the clean-up."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

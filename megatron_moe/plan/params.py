@@ -51,3 +51,11 @@ def total_params(model: ModelConfig) -> int:
 def activated_params(model: ModelConfig) -> int:
     """Parameters that a token passes through, input embedding, head and router included."""
     return _params(model, routed_experts=model.router_topk)
+
+
+def activated_matrix_params(model: ModelConfig) -> int:
+    """Entries of the matrices that a token is multiplied by: activated parameters but input embedding and norms."""
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    if model.attention is Attention.mla:
+        norms += model.num_layers * ((model.q_lora_rank or 0) + model.kv_lora_rank)
+    return activated_params(model) - model.vocab_size * model.hidden_size - norms

@@ -5,6 +5,8 @@ import pytest
 from megatron_moe.config.derived import batch_size, num_micro_batches, required_world_size, samples_before
 from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.schema import ParallelConfig
+from megatron_moe.plan.flops import model_flops_per_token
+from megatron_moe.plan.hardware import peak_flops
 from megatron_moe.plan.memory import stage_params, static_bytes
 from megatron_moe.plan.params import total_params
 from megatron_moe.plan.pipeline import even_layout, layers_of_stage, mcore_layout
@@ -102,3 +104,31 @@ def test_stages_hold_the_whole_model(name: str) -> None:
 def test_static_memory_is_18_bytes_a_parameter_on_one_gpu() -> None:
     config = compose_config([])
     assert static_bytes(config, 1, 0) == 18 * total_params(config.model)
+
+
+@pytest.mark.parametrize(
+    ("device", "teraflops"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H800", 989),
+        ("NVIDIA H200", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_of_a_device_is_known_by_its_name(device: str, teraflops: float | None) -> None:
+    assert peak_flops(device) == (teraflops and teraflops * 1e12)
+
+
+def test_model_flops_of_the_16b() -> None:
+    """By hand: 6 x 2,618,818,560 entries of matrices, and 6 x 28 layers x 2048 of the attention for each token."""
+    matrices = 28 * (4 * 2048**2) + 3 * 2048 * 10944 + 27 * (8 * 3 * 2048 * 1408 + 64 * 2048) + 102_400 * 2048
+    assert model_flops_per_token(compose_config(["model=deepseekmoe_16b"]).model, 4096) == (
+        6 * matrices + 6 * 28 * 2048 * 4096
+    )

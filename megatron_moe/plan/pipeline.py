@@ -2,8 +2,40 @@
 
 from __future__ import annotations
 
-from megatron_moe.config.derived import num_chunks
+from dataclasses import dataclass
+
+from megatron_moe.config.derived import is_moe_layer, num_chunks
 from megatron_moe.config.schema import ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What of a model lies somewhere, by kind.
+
+    Attributes:
+        dense: layers without experts.
+        moe: layers with experts.
+        embedding: whether the input embedding is there.
+        head: whether the last norm and the head are there.
+    """
+
+    dense: int
+    moe: int
+    embedding: bool = False
+    head: bool = False
+
+    def __add__(self, other: Layers) -> Layers:
+        return Layers(
+            self.dense + other.dense,
+            self.moe + other.moe,
+            self.embedding or other.embedding,
+            self.head or other.head,
+        )
+
+
+def all_layers(model: ModelConfig) -> Layers:
+    """The whole model."""
+    return Layers(model.num_dense_layers, model.num_layers - model.num_dense_layers, embedding=True, head=True)
 
 
 def even_layout(num_layers: int, chunks: int) -> list[int]:
@@ -40,6 +72,22 @@ def layers_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) ->
     starts = [sum(counts[:chunk]) for chunk in range(len(counts))]
     mine = range(stage, len(counts), parallel.pipeline_model_parallel_size)
     return [list(range(starts[chunk], starts[chunk] + counts[chunk])) for chunk in mine]
+
+
+def chunks_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[Layers]:
+    """What lies on a pipeline rank, one entry per virtual stage."""
+    stages = parallel.pipeline_model_parallel_size
+    chunks = []
+    for virtual, layers in enumerate(layers_of_stage(model, parallel, stage)):
+        moe = sum(is_moe_layer(model, layer) for layer in layers)
+        place, last = virtual * stages + stage, num_chunks(parallel) - 1
+        chunks.append(Layers(len(layers) - moe, moe, embedding=place == 0, head=place == last))
+    return chunks
+
+
+def layers_on_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -> Layers:
+    """What lies on a pipeline rank, its virtual stages together."""
+    return sum(chunks_of_stage(model, parallel, stage), Layers(0, 0))
 
 
 def mcore_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:

@@ -173,3 +173,14 @@ def most_in_flight(order: list[Pass]) -> list[int]:
         now[task.chunk] += (task.kind is Kind.forward) - (task.kind is frees)
         most = max(most, list(now), key=sum)
     return most
+
+
+def micro_batches_in_flight(stages: int, stage: int, virtual: int, micro_batches: int) -> float:
+    """Micro batches whose activations a stage keeps at most, in 1F1B or its interleaved form; virtual stages alike.
+
+    Source: arXiv:2104.04473, 2.2; equal to `most_in_flight`.
+    """
+    if virtual == 1:
+        return min(stages - stage, micro_batches)
+    passes = 2 * (stages - stage - 1) + (virtual - 1) * stages + 1
+    return min(passes, virtual * micro_batches) / virtual

@@ -71,7 +71,9 @@ def _latent(model: ModelConfig) -> AttentionSize:
     query_rank, latent, rotary = model.q_lora_rank or 0, model.kv_lora_rank, model.qk_pos_emb_head_dim
     key, value = model.qk_head_dim + rotary, model.v_head_dim
     return AttentionSize(
-        cut=(query_rank or hidden) * heads * key + latent * heads * (model.qk_head_dim + value) + heads * value * hidden,
+        cut=(query_rank or hidden) * heads * key
+        + latent * heads * (model.qk_head_dim + value)
+        + heads * value * hidden,
         replicated=hidden * (query_rank + latent + rotary),
         norms=query_rank + latent,
         width=(key + value) / 2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from megatron_moe.config.derived import (
     data_parallel_size,
@@ -12,7 +12,7 @@ from megatron_moe.config.derived import (
 from megatron_moe.config.schema import Config, Dtype, ModelConfig
 from megatron_moe.plan.attention import attention_size
 from megatron_moe.plan.params import RankParams, rank_params
-from megatron_moe.plan.pipeline import Layers, layers_on_stage
+from megatron_moe.plan.pipeline import Layers, layers_by_stage
 from megatron_moe.plan.schedule import micro_batches_in_flight
 
 
@@ -57,51 +57,56 @@ class StageMemory:
     @property
     def total(self) -> float:
         """All."""
-        return sum(astuple(self))
+        return self.static + self.activations + self.logits + self.dispatch
 
 
-def memory_of_stage(
-    config: Config, world_size: int, stage: int, *, imbalance: float = 1.0, recompute: bool = False
-) -> StageMemory:
-    """What the fullest rank of a pipeline stage needs, without fragmentation and what libraries take.
+def memory_by_stage(
+    config: Config, world_size: int, *, imbalance: float = 1.0, recompute: bool = False
+) -> list[StageMemory]:
+    """What the fullest rank of each pipeline stage needs, without fragmentation and what libraries take.
 
     Args:
         config: with a layout that fits `world_size` ranks.
         world_size: of all ranks.
-        stage: pipeline rank.
         imbalance: tokens of the rank with the most over their mean over expert-parallel ranks.
         recompute: layers keep their input only, and compute again what their backward pass needs.
     """
     model, parallel = config.model, config.parallel
-    layers = layers_on_stage(model, parallel, stage)
-    weights, gradients, optimizer = static_bytes(config, world_size, stage)
-    in_flight = micro_batches_in_flight(
-        parallel.pipeline_model_parallel_size,
-        stage,
-        parallel.virtual_pipeline_model_parallel_size,
-        num_micro_batches(config, world_size, config.train.global_batch_size * config.train.train_steps),
-    )
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    micro_batches = most_micro_batches(config, world_size)
     scale = tokens_of_rank(config) * (2 if config.precision.dtype is Dtype.fp32 else 1)
-    return StageMemory(
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=scale * activation_bytes(model, layers, in_flight, imbalance=imbalance, recompute=recompute),
-        logits=scale * layers.head * 6 * model.vocab_size,
-        dispatch=scale * bool(layers.moe) * imbalance * 8 * model.router_topk * model.hidden_size,
-    )
+    layers_on = layers_by_stage(model, parallel)
+    static = {layers: static_bytes(config, world_size, layers) for layers in set(layers_on)}
+    memory = []
+    for stage, layers in enumerate(layers_on):
+        in_flight = micro_batches_in_flight(stages, stage, virtual, micro_batches)
+        kept = activation_bytes(model, layers, in_flight, imbalance=imbalance, recompute=recompute)
+        memory.append(
+            StageMemory(
+                *static[layers],
+                activations=scale * kept,
+                logits=scale * layers.head * 6 * model.vocab_size,
+                dispatch=scale * bool(layers.moe) * imbalance * 8 * model.router_topk * model.hidden_size,
+            )
+        )
+    return memory
+
+
+def most_micro_batches(config: Config, world_size: int) -> int:
+    """Micro batches a rank runs in a step with the whole batch."""
+    return num_micro_batches(config, world_size, config.train.global_batch_size * config.train.train_steps)
 
 
 def static_bytes(
-    config: Config, world_size: int, stage: int, *, state: StateBytes | None = None
+    config: Config, world_size: int, layers: Layers, *, state: StateBytes | None = None
 ) -> tuple[float, float, float]:
-    """Bytes of a rank's weights, gradients and share of the optimizer state.
+    """Bytes of the weights, gradients and share of the optimizer state of a rank with these layers.
 
     The state is spread over the ranks that hold the same parameters: data- and context-parallel ones, and of routed
     experts those of the same experts. `state` null: as the precision has it.
     """
     state = state or STATE_BYTES[config.precision.dtype]
-    params = rank_params(config.model, config.parallel, stage)
+    params = rank_params(config.model, config.parallel, layers)
     return (
         state.weight * params.total,
         state.gradient * params.total,

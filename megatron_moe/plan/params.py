@@ -10,7 +10,7 @@ from enum import Enum
 from megatron_moe.config.derived import expert_tensor_parallel_size
 from megatron_moe.config.schema import ModelConfig, ParallelConfig, Routing
 from megatron_moe.plan.attention import attention_size
-from megatron_moe.plan.pipeline import Layers, all_layers, layers_on_stage
+from megatron_moe.plan.pipeline import Layers, all_layers
 
 
 class Cut(Enum):
@@ -112,14 +112,14 @@ class RankParams:
         return self.dense + self.experts
 
 
-def rank_params(model: ModelConfig, parallel: ParallelConfig, stage: int) -> RankParams:
-    """Parameters on each rank of a pipeline stage, exactly: all its ranks have as many."""
+def rank_params(model: ModelConfig, parallel: ParallelConfig, layers: Layers) -> RankParams:
+    """Parameters on each rank of a pipeline stage with these layers, exactly: all its ranks have as many."""
     share = {
         Cut.replicated: 1,
         Cut.tensor: parallel.tensor_model_parallel_size,
         Cut.expert: parallel.expert_model_parallel_size * expert_tensor_parallel_size(parallel),
     }
     on_rank = {True: 0, False: 0}
-    for part in parts(model, layers_on_stage(model, parallel, stage)):
+    for part in parts(model, layers):
         on_rank[part.cut is Cut.expert] += part.params // share[part.cut]
     return RankParams(dense=on_rank[False], experts=on_rank[True])

@@ -5,14 +5,21 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from megatron_moe.config.derived import num_micro_batches
-from megatron_moe.config.schema import ClusterConfig, Config
+from megatron_moe.config.schema import PlanConfig
 from megatron_moe.plan.flops import forward_flops
-from megatron_moe.plan.memory import optimizer_share, tokens_of_rank
+from megatron_moe.plan.memory import most_micro_batches, optimizer_share, tokens_of_rank
 from megatron_moe.plan.params import rank_params
-from megatron_moe.plan.pipeline import Layers, chunks_of_stage
+from megatron_moe.plan.pipeline import Layers, chunks_by_stage
 from megatron_moe.plan.schedule import Kind, Pass, Timeline, one_forward_one_backward, simulate
-from megatron_moe.plan.traffic import Groups, data_parallel, groups_of, pass_traffic, seconds, stage_to_stage
+from megatron_moe.plan.traffic import (
+    Groups,
+    PassTraffic,
+    data_parallel,
+    groups_of,
+    pass_traffic,
+    seconds,
+    stage_to_stage,
+)
 
 # Read: gradient, weight and two moments in fp32; written: these three and the weight in bf16.
 OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 2
@@ -53,39 +60,48 @@ class Step:
         return self.pipeline + self.data_parallel + self.optimizer
 
 
+def imbalance(config: PlanConfig) -> float:
+    """Load of the fullest rank's experts over the mean; 1 where each rank has all experts."""
+    return config.cluster.expert_imbalance if config.parallel.expert_model_parallel_size > 1 else 1.0
+
+
 class StepModel:
     """Times of a layout on a cluster.
 
     Args:
-        config: with a layout that fits `world_size` ranks.
-        cluster: its rates and efficiencies.
+        config: with a layout that fits `world_size` ranks, and the rates and efficiencies of the cluster.
         world_size: of all ranks.
-        recompute: the backward pass computes the forward pass again.
     """
 
-    def __init__(self, config: Config, cluster: ClusterConfig, world_size: int, *, recompute: bool = False) -> None:
-        self.config, self.cluster, self.world_size, self.recompute = config, cluster, world_size, recompute
-        self.groups: Groups = groups_of(config, cluster, world_size)
+    def __init__(self, config: PlanConfig, world_size: int) -> None:
+        self.config, self.cluster, self.world_size = config, config.cluster, world_size
+        self.groups: Groups = groups_of(config, config.cluster, world_size)
         self.stages = config.parallel.pipeline_model_parallel_size
         self.virtual = config.parallel.virtual_pipeline_model_parallel_size
-        last = config.train.global_batch_size * config.train.train_steps
-        self.micro_batches = num_micro_batches(config, world_size, last)
-        self.chunks = [chunks_of_stage(config.model, config.parallel, stage) for stage in range(self.stages)]
+        self.micro_batches = most_micro_batches(config, world_size)
+        self.chunks = chunks_by_stage(config.model, config.parallel)
+        layers = [sum(chunks, Layers(0, 0)) for chunks in self.chunks]
+        params = {layers: rank_params(config.model, config.parallel, layers) for layers in set(layers)}
+        self.params = [params[of_stage] for of_stage in layers]
         self.pass_time = functools.cache(self._pass_time)
 
     def _pass_time(self, layers: Layers, *, backward: bool) -> PassTime:
         """Of a chunk with these layers on the rank with the fullest experts; all others wait for it."""
-        cluster, imbalance = self.cluster, self.cluster.expert_imbalance
+        cluster = self.cluster
         flops = forward_flops(self.config.model, layers, self.config.data.sequence_length)
-        times = (2 + self.recompute) if backward else 1
-        work = times * tokens_of_rank(self.config) * (flops.rest + imbalance * flops.routed)
-        traffic = pass_traffic(self.config, self.groups, layers, backward=backward, imbalance=imbalance)
+        forward = tokens_of_rank(self.config) * (flops.rest + imbalance(self.config) * flops.routed)
+        work = 2 * forward if backward else forward
+        traffic = self.pass_traffic(layers, backward=backward)
         return PassTime(
             compute=work / (cluster.peak_flops * cluster.compute_efficiency),
             all_to_all=seconds(cluster, traffic.all_to_all) * (1 - cluster.all_to_all_overlap),
             tensor=seconds(cluster, traffic.tensor),
             context=seconds(cluster, traffic.context),
         )
+
+    def pass_traffic(self, layers: Layers, *, backward: bool) -> PassTraffic:
+        """Of the same rank."""
+        return pass_traffic(self.config, self.groups, layers, backward=backward, imbalance=imbalance(self.config))
 
     def stage_seconds(self, stage: int) -> float:
         """Of a micro batch's passes, forward and backward, through all chunks of a stage."""
@@ -102,11 +118,13 @@ class StepModel:
     def pipeline_s(self) -> float:
         """Of all passes, in closed form: the slowest stage's, and once those of the others, of one virtual stage.
 
-        With equal stages this is 1F1B's (p - 1) / m and the interleaved schedule's (p - 1) / (v m) of idle time.
+        With equal stages this is 1F1B's (p - 1) / m and the interleaved schedule's (p - 1) / (v m) of idle time. 1F1B
+        waits for two transfers in each micro batch; the interleaved schedule is one pass ahead of them.
         """
         stages = [self.stage_seconds(stage) for stage in range(self.stages)]
         others = sum(stages) - max(stages)
-        return self.micro_batches * max(stages) + others / self.virtual + 2 * (self.stages - 1) * self.transfer_s()
+        waits = self.stages - 1 + (self.micro_batches - 1) * (self.stages > 1 and self.virtual == 1)
+        return self.micro_batches * max(stages) + others / self.virtual + 2 * waits * self.transfer_s()
 
     def timeline(self) -> Timeline:
         """Of all passes, simulated."""
@@ -120,9 +138,8 @@ class StepModel:
 
     def step(self, pipeline_s: float) -> Step:
         """With what follows the passes, on the slowest stage."""
-        cluster, stages = self.cluster, range(self.stages)
-        sent = max(seconds(cluster, data_parallel(self.config, self.groups, stage)) for stage in stages)
-        params = [rank_params(self.config.model, self.config.parallel, stage) for stage in stages]
+        cluster, params = self.cluster, set(self.params)
+        sent = max(seconds(cluster, data_parallel(self.config, self.groups, count)) for count in params)
         updated = max(optimizer_share(self.config, self.world_size, count) for count in params)
         return Step(
             pipeline=pipeline_s,

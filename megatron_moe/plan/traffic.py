@@ -8,7 +8,7 @@ from megatron_moe.config.derived import data_parallel_size, expert_tensor_parall
 from megatron_moe.config.schema import ClusterConfig, Config, Dtype
 from megatron_moe.plan.attention import attention_size
 from megatron_moe.plan.memory import STATE_BYTES, tokens_of_rank
-from megatron_moe.plan.params import rank_params
+from megatron_moe.plan.params import RankParams
 from megatron_moe.plan.pipeline import Layers
 
 
@@ -109,10 +109,10 @@ class PassTraffic:
 def pass_traffic(config: Config, groups: Groups, layers: Layers, *, backward: bool, imbalance: float) -> PassTraffic:
     """Of a forward or a backward pass.
 
-    Forward, each MoE layer's all-to-all sends every token to its experts and back; backward, as much. Tensor parallelism
-    with sequence parallelism gathers a block's input and scatters its output, and backward gathers the input again;
-    routed experts do so with what the all-to-all brought. Context parallelism passes keys and values round, and
-    backward these and their gradients.
+    Forward, each MoE layer's all-to-all sends every token to its experts and back; backward, as much. Tensor
+    parallelism, with sequence parallelism, gathers a block's input and scatters its output, and backward gathers the
+    input again; routed experts do so with what the all-to-all brought. Context parallelism passes keys and values
+    round, and backward these and their gradients.
     """
     model, count = config.model, layers.dense + layers.moe
     element = 4 if config.precision.dtype is Dtype.fp32 else 2
@@ -144,8 +144,7 @@ def stage_to_stage(config: Config, groups: Groups) -> Traffic:
     return Traffic(0.0, sent) if crosses else Traffic(sent, 0.0)
 
 
-def data_parallel(config: Config, groups: Groups, stage: int) -> Traffic:
-    """Of a step: gradients are reduced and scattered, updated weights gathered."""
+def data_parallel(config: Config, groups: Groups, params: RankParams) -> Traffic:
+    """Of a step of a rank: gradients are reduced and scattered, updated weights gathered."""
     state = STATE_BYTES[config.precision.dtype]
-    params = rank_params(config.model, config.parallel, stage)
     return (groups.data.ring(params.dense) + groups.expert_data.ring(params.experts)) * (state.gradient + state.weight)

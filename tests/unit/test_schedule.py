@@ -11,6 +11,7 @@ from megatron_moe.plan.schedule import (
     Orders,
     Pass,
     bubble,
+    micro_batches_in_flight,
     most_in_flight,
     one_forward_one_backward,
     simulate,
@@ -52,6 +53,14 @@ def test_micro_batches_in_flight(stages: int, micro_batches: int) -> None:
     assert [most_in_flight(order) for order in apart] == [[stages]] * stages
     interleaved = one_forward_one_backward(stages, 2, micro_batches)
     assert sum(most_in_flight(interleaved[0])) == min(2 * micro_batches, 2 * stages + stages - 1)
+
+
+@given(st.integers(1, 8), st.integers(1, 4), st.integers(1, 5))
+def test_micro_batches_in_flight_in_closed_form(stages: int, virtual: int, groups: int) -> None:
+    micro_batches = groups * stages
+    for stage, order in enumerate(one_forward_one_backward(stages, virtual, micro_batches)):
+        passes = sum(most_in_flight(order))
+        assert micro_batches_in_flight(stages, stage, virtual, micro_batches) * virtual == pytest.approx(passes)
 
 
 def schedules(stages: int, virtual: int, micro_batches: int) -> Orders:

@@ -106,7 +106,9 @@ def run_search(args: argparse.Namespace) -> None:
 def load(args: argparse.Namespace) -> PlanConfig:
     """The checked configuration, on this machine with its rates measured."""
     overrides = with_recipe(args.overrides)
-    if args.config_dir:
+    if args.config_dir and not args.config_dir.is_dir() and not args.emit:
+        raise ConfigError(f"--config-dir {args.config_dir}: no such folder")
+    if args.config_dir and args.config_dir.is_dir():
         overrides = [f"hydra.searchpath=['file://{args.config_dir.resolve()}']", *overrides]
     config = compose_plan(overrides)
     config.cluster = measured(config.cluster, config.cluster.num_gpus or required_world_size(config.parallel))

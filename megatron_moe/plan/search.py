@@ -26,7 +26,7 @@ MICRO_BATCH = "train.micro_batch_size"
 MICRO_BATCHES = [1, 2, 4, 8]
 VIRTUAL = [1, 2, 4]
 PLACED = 20  # of the fastest, whose layers are also placed by time
-WORTHWHILE = 1.01  # times as fast: what a layout by hand must bring
+WORTHWHILE = 1.02  # times as fast: what a layout by hand must bring
 NEEDS_RECOMPUTE = "would fit with full recomputation, which megatron_moe does not have"
 DOES_NOT_FIT = "does not fit, with full recomputation neither"
 
@@ -132,7 +132,8 @@ def _divisors(number: int) -> list[int]:
 
 def _larger(smallest: PlanConfig, pinned: set[str]) -> Iterator[PlanConfig]:
     """The same groups with more virtual stages and larger micro batches."""
-    parallel, first = smallest.parallel, (smallest.parallel.virtual_pipeline_model_parallel_size, 1)
+    parallel = smallest.parallel
+    first = (parallel.virtual_pipeline_model_parallel_size, smallest.train.micro_batch_size)
     most = smallest.model.num_layers // parallel.pipeline_model_parallel_size
     fixed = parallel.pipeline_model_parallel_size == 1 or pinned & {
         "parallel.virtual_pipeline_model_parallel_size",

@@ -116,15 +116,18 @@ class StepModel:
         return seconds(self.cluster, stage_to_stage(self.config, self.groups))
 
     def pipeline_s(self) -> float:
-        """Of all passes, in closed form: the slowest stage's, and once those of the others, of one virtual stage.
+        """Of all passes, in closed form: the first micro batch's through all stages, and a period for each further one.
 
-        With equal stages this is 1F1B's (p - 1) / m and the interleaved schedule's (p - 1) / (v m) of idle time. 1F1B
-        waits for two transfers in each micro batch; the interleaved schedule is one pass ahead of them.
+        With equal stages this is 1F1B's (p - 1) / m and the interleaved schedule's (p - 1) / (v m) of idle time.
         """
         stages = [self.stage_seconds(stage) for stage in range(self.stages)]
-        others = sum(stages) - max(stages)
-        waits = self.stages - 1 + (self.micro_batches - 1) * (self.stages > 1 and self.virtual == 1)
-        return self.micro_batches * max(stages) + others / self.virtual + 2 * waits * self.transfer_s()
+        if self.virtual > 1:
+            others = (sum(stages) - max(stages)) / self.virtual
+            return self.micro_batches * max(stages) + others + 2 * (self.stages - 1) * self.transfer_s()
+        transfers = [2 * (self.stages - 1 - stage) * self.transfer_s() for stage in range(self.stages)]
+        # A stage's forward pass waits until the micro batch before those that it keeps in flight has come back.
+        rounds = [(sum(stages[stage:]) + transfers[stage]) / (self.stages - stage) for stage in range(self.stages)]
+        return sum(stages) + transfers[0] + (self.micro_batches - 1) * max(*stages, *rounds)
 
     def timeline(self) -> Timeline:
         """Of all passes, simulated."""

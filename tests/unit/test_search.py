@@ -10,8 +10,9 @@ from megatron_moe.config.validate import validate
 from megatron_moe.plan.estimate import checked, estimate, memory_limit
 from megatron_moe.plan.search import DOES_NOT_FIT, NEEDS_RECOMPUTE, Search, search
 
-TENSOR, CONTEXT, PIPELINE, EXPERT = (
-    f"parallel.{name}_parallel_size" for name in ("tensor_model", "context", "pipeline_model", "expert_model")
+TENSOR, CONTEXT, PIPELINE, VIRTUAL, EXPERT = (
+    f"parallel.{name}_parallel_size"
+    for name in ("tensor_model", "context", "pipeline_model", "virtual_pipeline_model", "expert_model")
 )
 # GPUs, and what the paper says of a recipe's layout.
 RECIPES = {
@@ -80,7 +81,9 @@ def test_nothing_faster_is_missed() -> None:
 
 def test_what_is_given_stays() -> None:
     fixed = {TENSOR: 2, PIPELINE: 8, EXPERT: 16, CONTEXT: 2, "train.micro_batch_size": 2}
-    for found in searched(512, fixed, "experiment=deepseekmoe_145b", "cluster=h200_141gb").found:
+    result = searched(512, fixed, "experiment=deepseekmoe_145b", "cluster=h200_141gb")
+    assert result.found
+    for found in result.found:
         parallel = found.config.parallel
         assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (2, 8)
         assert (parallel.expert_model_parallel_size, parallel.context_parallel_size) == (16, 2)
@@ -96,17 +99,15 @@ def test_more_memory_fits_more() -> None:
 
 
 def test_reasons_are_counted_without_their_numbers() -> None:
-    result = searched(96, {CONTEXT: 1}, "experiment=deepseekmoe_145b")
+    result = searched(512, {CONTEXT: 1, TENSOR: 2}, "experiment=deepseekmoe_145b")
     assert result.tried == len(result.found) + sum(result.refused.values())
     assert all(not any(char.isdigit() for char in reason) for reason in result.refused)
     assert any("global_batch_size" in reason for reason in result.refused)
 
 
 def test_layers_are_placed_by_time_only_where_it_pays() -> None:
-    best = searched(
-        64, {EXPERT: 1, PIPELINE: 2, "parallel.virtual_pipeline_model_parallel_size": 1}, "experiment=deepseek_v2_lite"
-    ).found[0]
-    assert best.config.parallel.pipeline_layout == [15, 12]  # the head takes as long as three layers
+    best = searched(64, {EXPERT: 1, PIPELINE: 2, VIRTUAL: 4}, "experiment=deepseekmoe_16b").found[0]
+    assert best.config.parallel.pipeline_layout == [4, 4, 4, 4, 4, 4, 3, 1]  # the head takes as long as three layers
     best = searched(512, {EXPERT: 8, PIPELINE: 16}, "experiment=deepseek_v2").found[0]
     assert best.config.parallel.pipeline_layout is None
 

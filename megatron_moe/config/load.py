@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -19,20 +19,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.instantiation import leaves, refuse_instantiation
-from megatron_moe.config.schema import Config
+from megatron_moe.config.schema import Config, PlanConfig
 from megatron_moe.config.validate import validate
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+PRIMARY = {Config: "pretrain", PlanConfig: "plan"}  # files of conf, by what they are composed to
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+T = TypeVar("T", bound=Config)
 
 
-def register_schema() -> None:
+def register_schema(schema: type[Config] = Config) -> None:
     """Make the typed schema known to Hydra as `schema`, and let it compose values only."""
     refuse_instantiation()
-    ConfigStore.instance().store(name="schema", node=Config)
+    ConfigStore.instance().store(name="schema", node=schema)
 
 
-def to_config(composed: DictConfig) -> Config:
+def to_config(composed: DictConfig, schema: type[T] = Config) -> T:
     """A typed `Config`, or `ConfigError` for an option that does not exist or is missing.
 
     Merged into a fresh schema, because Hydra's `+key=value` opens the composed one.
@@ -40,25 +42,25 @@ def to_config(composed: DictConfig) -> Config:
     try:
         plain = OmegaConf.to_container(composed, resolve=True)
         plain.pop("hydra", None)
-        return from_plain(plain)
+        return from_plain(plain, schema)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from None
 
 
-def from_plain(saved: dict[str, Any]) -> Config:
+def from_plain(saved: dict[str, Any], schema: type[T] = Config) -> T:
     """A typed `Config` of JSON values, such as a run left; options it does not name have their defaults.
 
     Raises:
         ConfigError: an option does not exist, or has the wrong type.
     """
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), saved))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), saved))
     except OmegaConfBaseException as error:
-        raise ConfigError(*(_unknown_options(saved) or [_first_line(error)])) from None
+        raise ConfigError(*(_unknown_options(saved, schema) or [_first_line(error)])) from None
 
 
-def _unknown_options(saved: dict[str, Any]) -> list[str]:
-    known = option_names(Config)
+def _unknown_options(saved: dict[str, Any], schema: type[Config]) -> list[str]:
+    known = option_names(schema)
     return [
         f"{option}={value}: there is no such option"
         for option, value in leaves(saved)
@@ -72,13 +74,26 @@ def compose_config(overrides: Sequence[str]) -> Config:
     Raises:
         ConfigError: with one line for each override that is wrong.
     """
+    return _composed(overrides, Config)
+
+
+def compose_plan(overrides: Sequence[str]) -> PlanConfig:
+    """Compose `conf/plan.yaml` with overrides.
+
+    Raises:
+        ConfigError: with one line for each override that is wrong.
+    """
+    return _composed(overrides, PlanConfig)
+
+
+def _composed(overrides: Sequence[str], schema: type[T]) -> T:
     try:
-        return _compose(overrides)
+        return _compose(overrides, schema)
     except (ConfigError, *COMPOSITION_ERRORS) as error:
-        raise explain(overrides, error) from None
+        raise explain(overrides, error, schema) from None
 
 
-def explain(arguments: Sequence[str], cause: Exception) -> ConfigError:
+def explain(arguments: Sequence[str], cause: Exception, schema: type[Config] = Config) -> ConfigError:
     """Everything that is wrong with a command line that did not compose.
 
     Each override is tried on top of those that work, config groups first, and the rules between options are checked
@@ -90,24 +105,25 @@ def explain(arguments: Sequence[str], cause: Exception) -> ConfigError:
     problems = []
     for override in sorted(parsed.overrides, key=lambda o: not _is_group(o)):
         try:
-            _compose([*accepted, override])
+            _compose([*accepted, override], schema)
             accepted.append(override)
         except (ConfigError, *COMPOSITION_ERRORS) as error:
-            problems.append(f"{override}: {_first_line(error)}{_suggestion(override)}")
-    problems += _rule_problems(accepted)
+            problems.append(f"{override}: {_first_line(error)}{_suggestion(override, schema)}")
+    if schema is Config:
+        problems += _rule_problems(accepted)
     return ConfigError(*(problems or [_first_line(cause)]))
 
 
 def _rule_problems(overrides: list[str]) -> tuple[str, ...]:
     try:
-        config = _compose(overrides)
+        config = _compose(overrides, Config)
         validate(config, None)
     except ConfigError as error:
         return error.problems
     return ()
 
 
-def _suggestion(override: str) -> str:
+def _suggestion(override: str, schema: type[Config]) -> str:
     """What exists under a similar name."""
     name = override.lstrip("+~").split("=", 1)[0]
     if (CONF_DIR / name).is_dir():
@@ -117,7 +133,7 @@ def _suggestion(override: str) -> str:
         return (
             "; in quotes for the shell: 'data.train=[{path: PREFIX, weight: 1.0, name: NAME}]', the last two optional"
         )
-    options = option_names(Config)
+    options = option_names(schema)
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close and close[0] != name else ""
 
@@ -137,13 +153,13 @@ def _is_group(override: str) -> bool:
     return (CONF_DIR / name).is_dir()
 
 
-def _compose(overrides: Sequence[str]) -> Config:
-    register_schema()
+def _compose(overrides: Sequence[str], schema: type[T]) -> T:
+    register_schema(schema)
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        composed = compose("pretrain", list(overrides), return_hydra_config=True)
+        composed = compose(PRIMARY[schema], list(overrides), return_hydra_config=True)
         HydraConfig.instance().set_config(composed)
-        return to_config(composed)
+        return to_config(composed, schema)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from megatron_moe.config.schema import Attention, ModelConfig
-from megatron_moe.plan.params import activated_matrix_params
+from dataclasses import dataclass
+
+from megatron_moe.config.schema import ModelConfig
+from megatron_moe.plan.attention import attention_size
+from megatron_moe.plan.params import multiplied_params
+from megatron_moe.plan.pipeline import Layers, all_layers
 
 
 def activated_ffn_ratio(model: ModelConfig) -> float:
@@ -31,18 +35,31 @@ def paper_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     return attention + ffn + 6 * model.vocab_size * hidden + 6 * layers * hidden * model.router_topk
 
 
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Of a forward pass, a token: in routed experts, and in all else."""
+
+    routed: float
+    rest: float
+
+
+def forward_flops(model: ModelConfig, layers: Layers, sequence_length: int) -> ForwardFlops:
+    """Of some layers, as `model_flops_per_token` counts."""
+    routed, rest = multiplied_params(model, layers)
+    pairs = model.num_attention_heads * sequence_length / 2 * attention_size(model).width
+    return ForwardFlops(routed=2 * routed, rest=2 * rest + 4 * (layers.dense + layers.moe) * pairs)
+
+
 def model_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
-    """FLOPs of training on one token by which speed and MFU are reported.
+    """FLOPs of training on one token by which speed and MFU are reported: Megatron-LM's convention.
 
-    6 for each entry of a matrix that a token is multiplied by (attention as it is trained, router, shared and selected
-    experts, head), and 3 times the forward pass of the attention scores, of which a token has `sequence_length / 2` on
-    average, as attention is causal. What is computed again, dropped tokens and boundaries of documents change nothing.
+    A backward pass is twice a forward pass. This is 2 for each entry of a matrix that a token is multiplied by
+    (attention as it is trained, shared and selected experts, head, but not the router), and 4 for each element of query
+    and value and each earlier position, of which a token has `sequence_length / 2` on average, as attention is causal.
+    What is computed again, dropped tokens and boundaries of documents change nothing.
 
-    Source: PaLM, arXiv:2204.02311, appendix B, but for the causal half, which is Megatron-LM's convention.
+    Source: PaLM, arXiv:2204.02311, appendix B; the causal half and the router as in Megatron-LM, training.py,
+    `num_floating_point_operations`.
     """
-    if model.attention is Attention.mha:
-        width = 2 * model.kv_channels
-    else:
-        width = model.qk_head_dim + model.qk_pos_emb_head_dim + model.v_head_dim
-    scores = 3 * model.num_layers * model.num_attention_heads * width * sequence_length
-    return 6 * activated_matrix_params(model) + scores
+    forward = forward_flops(model, all_layers(model), sequence_length)
+    return 3 * (forward.routed + forward.rest)

@@ -1,29 +1,65 @@
-"""Peak speed of GPUs. Pure; imports no torch."""
+"""Rates of GPUs, from conf/cluster, and of this machine, measured. Imports no torch."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import os
 import re
+import time
+from collections.abc import Callable
 
-# Dense bf16, by words of the name that the driver gives, those of a variant before those of all.
-# Source: NVIDIA's data sheets of A100, H100, H200 and HGX B200, half of what they give with sparsity; H800 is an H100
-# with fewer links.
-PEAK_TERAFLOPS = {
-    "H100 PCIe": 756,
-    "H800 PCIe": 756,
-    "H100 NVL": 835,
-    "H200 NVL": 835,
-    "A100": 312,
-    "H100": 989,
-    "H800": 989,
-    "H200": 989,
-    "B200": 2250,
-}
+import numpy as np
+from omegaconf import OmegaConf
+
+from megatron_moe.config.load import CONF_DIR
+from megatron_moe.config.schema import ClusterConfig
+
+MATRIX = 1536  # rows and columns of the product that is measured, in fp32
+COPIED = 2**27  # bytes that are copied, more than caches hold
 
 
 def peak_flops(device_name: str) -> float | None:
     """FLOP/s of a GPU in bf16 without sparsity; None: not known, as of a slice of one (MIG)."""
-    if "MIG" in device_name:
+    found = [words for words in _peaks() if re.search(rf"\b{words}\b", device_name)]
+    if "MIG" in device_name or not found:
         return None
-    found = (peak for words, peak in PEAK_TERAFLOPS.items() if re.search(rf"\b{words}\b", device_name))
-    peak = next(found, None)
-    return None if peak is None else peak * 1e12
+    return _peaks()[max(found, key=len)]
+
+
+@functools.cache
+def _peaks() -> dict[str, float]:
+    """By words of the driver's name for a GPU; those of a variant are longer than those of all."""
+    clusters = [OmegaConf.load(path) for path in sorted((CONF_DIR / "cluster").glob("*.yaml"))]
+    return {words: cluster.peak_flops for cluster in clusters for words in cluster.device_names}
+
+
+def measured(cluster: ClusterConfig, ranks: int) -> ClusterConfig:
+    """The cluster with what it leaves open measured on this machine, which `ranks` share."""
+    measures: dict[str, Callable[[], float]] = {
+        "peak_flops": _product_rate,
+        "memory_bytes": lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bandwidth": lambda: 2 * _copy_rate(),  # read and written
+        "intra_node_bandwidth": _copy_rate,  # gloo copies through memory
+    }
+    rates = {name: measure() / ranks for name, measure in measures.items() if getattr(cluster, name) is None}
+    return dataclasses.replace(cluster, **rates)
+
+
+def _product_rate() -> float:
+    matrix = np.ones((MATRIX, MATRIX), dtype=np.float32)
+    return 2 * MATRIX**3 / _fastest_s(lambda: matrix @ matrix)
+
+
+def _copy_rate() -> float:
+    source, target = np.ones(COPIED, dtype=np.uint8), np.ones(COPIED, dtype=np.uint8)
+    return COPIED / _fastest_s(lambda: np.copyto(target, source))
+
+
+def _fastest_s(work: Callable[[], object], repeat: int = 5) -> float:
+    seconds = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)

@@ -1,99 +1,150 @@
-"""Memory of a rank in closed form: an estimate to choose a layout by. Pure; imports no torch."""
+"""Memory of a rank in closed form. Pure; imports no torch."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from megatron_moe.config.derived import (
     data_parallel_size,
     expert_tensor_parallel_size,
-    is_moe_layer,
+    num_micro_batches,
 )
-from megatron_moe.config.schema import Attention, Config, ModelConfig
-from megatron_moe.plan.params import attention_params, moe_params
-from megatron_moe.plan.pipeline import layers_of_stage
+from megatron_moe.config.schema import Config, Dtype, ModelConfig
+from megatron_moe.plan.attention import attention_size
+from megatron_moe.plan.params import RankParams, rank_params
+from megatron_moe.plan.pipeline import Layers, layers_by_stage
+from megatron_moe.plan.schedule import micro_batches_in_flight
 
-WEIGHT_AND_GRADIENT = 2 + 4  # bytes of a bf16 parameter and its fp32 gradient
-OPTIMIZER = 12  # bytes of an fp32 parameter and its two moments
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes a parameter: of the weight, of its gradient, and of the optimizer's state, which is shared out."""
+
+    weight: int
+    gradient: int
+    optimizer: int
 
 
-def memory_of_stage(config: Config, world_size: int, stage: int) -> float:
-    """Bytes that a rank of a pipeline stage needs in bf16: parameters, optimizer, activations, logits.
+# Weights and moments of the optimizer are fp32, beside those of the model or as these.
+STATE_BYTES = {Dtype.bf16: StateBytes(2, 4, 12), Dtype.fp32: StateBytes(4, 4, 8)}
 
-    Estimated with balanced experts and no recomputation, without buffers of communication and fragmentation.
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on the fullest rank of a pipeline stage.
+
+    Attributes:
+        weights: of the parameters on the rank.
+        gradients: of all of them.
+        optimizer: of the rank's share of the state.
+        activations: kept for the backward passes of the micro batches in flight.
+        logits: and what their loss keeps.
+        dispatch: buffers of one MoE layer's all-to-all and their gradients.
     """
-    last = stage == config.parallel.pipeline_model_parallel_size - 1
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    dispatch: float
+
+    @property
+    def static(self) -> float:
+        """What is there between steps."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> float:
+        """All."""
+        return self.static + self.activations + self.logits + self.dispatch
+
+
+def memory_by_stage(
+    config: Config, world_size: int, *, imbalance: float = 1.0, recompute: bool = False
+) -> list[StageMemory]:
+    """What the fullest rank of each pipeline stage needs, without fragmentation and what libraries take.
+
+    Args:
+        config: with a layout that fits `world_size` ranks.
+        world_size: of all ranks.
+        imbalance: tokens of the rank with the most over their mean over expert-parallel ranks.
+        recompute: layers keep their input only, and compute again what their backward pass needs.
+    """
+    model, parallel = config.model, config.parallel
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    micro_batches = most_micro_batches(config, world_size)
+    scale = tokens_of_rank(config) * (2 if config.precision.dtype is Dtype.fp32 else 1)
+    layers_on = layers_by_stage(model, parallel)
+    static = {layers: static_bytes(config, world_size, layers) for layers in set(layers_on)}
+    memory = []
+    for stage, layers in enumerate(layers_on):
+        in_flight = micro_batches_in_flight(stages, stage, virtual, micro_batches)
+        kept = activation_bytes(model, layers, in_flight, imbalance=imbalance, recompute=recompute)
+        memory.append(
+            StageMemory(
+                *static[layers],
+                activations=scale * kept,
+                logits=scale * layers.head * 6 * model.vocab_size,
+                dispatch=scale * bool(layers.moe) * imbalance * 8 * model.router_topk * model.hidden_size,
+            )
+        )
+    return memory
+
+
+def most_micro_batches(config: Config, world_size: int) -> int:
+    """Micro batches a rank runs in a step with the whole batch."""
+    return num_micro_batches(config, world_size, config.train.global_batch_size * config.train.train_steps)
+
+
+def static_bytes(
+    config: Config, world_size: int, layers: Layers, *, state: StateBytes | None = None
+) -> tuple[float, float, float]:
+    """Bytes of the weights, gradients and share of the optimizer state of a rank with these layers.
+
+    The state is spread over the ranks that hold the same parameters: data- and context-parallel ones, and of routed
+    experts those of the same experts. `state` null: as the precision has it.
+    """
+    state = state or STATE_BYTES[config.precision.dtype]
+    params = rank_params(config.model, config.parallel, layers)
     return (
-        static_bytes(config, world_size, stage) + activation_bytes(config, stage) + (logit_bytes(config) if last else 0)
+        state.weight * params.total,
+        state.gradient * params.total,
+        state.optimizer * optimizer_share(config, world_size, params),
     )
 
 
-def static_bytes(config: Config, world_size: int, stage: int) -> float:
-    """Bytes of parameters, gradients and optimizer state of a rank; the latter spread over the data-parallel ranks.
-
-    Every dense parameter counts as cut by tensor parallelism, which norms and MLA's down-projections are not.
-    """
+def optimizer_share(config: Config, world_size: int, params: RankParams) -> float:
+    """Parameters that a rank updates."""
     parallel = config.parallel
-    dense, experts = stage_params(config, stage)
+    replicas = data_parallel_size(parallel, world_size) * parallel.context_parallel_size
     expert_ranks = parallel.expert_model_parallel_size * expert_tensor_parallel_size(parallel)
     expert_replicas = world_size // parallel.pipeline_model_parallel_size // expert_ranks
-    replicas = data_parallel_size(parallel, world_size) * parallel.context_parallel_size
-    return (
-        dense / parallel.tensor_model_parallel_size * (WEIGHT_AND_GRADIENT + OPTIMIZER / replicas)
-        + experts / expert_ranks * (WEIGHT_AND_GRADIENT + OPTIMIZER / expert_replicas)
-    )  # fmt: skip
+    return params.dense / replicas + params.experts / expert_replicas
 
 
-def stage_params(config: Config, stage: int) -> tuple[int, int]:
-    """Parameters of a pipeline stage, all its ranks together: those outside and those of the routed experts."""
-    model, stages = config.model, config.parallel.pipeline_model_parallel_size
-    layers = [layer for chunk in layers_of_stage(model, config.parallel, stage) for layer in chunk]
-    num_moe = sum(is_moe_layer(model, layer) for layer in layers)
-    first, last = stage == 0, stage == stages - 1
-    dense = (
-        (first + last) * model.vocab_size * model.hidden_size
-        + last * model.hidden_size
-        + len(layers) * (attention_params(model) + 2 * model.hidden_size)
-        + (len(layers) - num_moe) * 3 * model.hidden_size * model.ffn_hidden_size
-        + num_moe * moe_params(model, routed_experts=0)
-    )
-    routed = num_moe * 3 * model.hidden_size * model.expert_ffn_hidden_size * model.num_experts
-    return dense, routed
+def activation_bytes(
+    model: ModelConfig, layers: Layers, in_flight: float, *, imbalance: float = 1.0, recompute: bool = False
+) -> float:
+    """Bytes that some layers keep for the backward passes of `in_flight` micro batches, a token of each."""
+    dense, moe = (layer_activation_bytes(model, moe=kind, imbalance=imbalance) for kind in (False, True))
+    if recompute:
+        largest = max(dense * bool(layers.dense), moe * bool(layers.moe))
+        return in_flight * (layers.dense + layers.moe) * 2 * model.hidden_size + largest
+    return in_flight * (layers.dense * dense + layers.moe * moe)
 
 
-def activation_bytes(config: Config, stage: int) -> float:
-    """Bytes of activations that a stage keeps for the backward passes of its micro batches in flight.
-
-    Source of the number in flight: 1F1B and interleaved 1F1B, arXiv:2104.04473, 2.2.
-    """
-    parallel = config.parallel
-    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    in_flight = stages - stage if virtual == 1 else stages * (1 + (stages - 1) / (stages * virtual))
-    layers = [layer for chunk in layers_of_stage(config.model, parallel, stage) for layer in chunk]
-    per_token = sum(layer_activation_bytes(config.model, layer) for layer in layers)
-    return _tokens_of_rank(config) * per_token * in_flight
+def layer_activation_bytes(model: ModelConfig, *, moe: bool, imbalance: float = 1.0) -> float:
+    """Bytes that a layer keeps for the backward pass of one token, in bf16."""
+    hidden, width = model.hidden_size, model.expert_ffn_hidden_size
+    always = attention_size(model).kept_bytes + 4 * hidden
+    if not moe:
+        return always + 6 * model.ffn_hidden_size
+    routed = 2 * model.router_topk * (hidden + 3 * width) * imbalance + 12 * model.num_experts
+    return always + routed + 6 * model.num_shared_experts * width
 
 
-def layer_activation_bytes(model: ModelConfig, layer: int) -> int:
-    """Bytes that a layer keeps for the backward pass of one token, in bf16, with an attention that keeps no scores."""
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    if model.attention is Attention.mha:
-        attention = 16 * heads * model.kv_channels // 2
-    else:
-        width = model.qk_head_dim + model.qk_pos_emb_head_dim + model.v_head_dim
-        latent = (model.q_lora_rank or 0) + model.kv_lora_rank
-        attention = 4 * heads * width + 4 * latent + 2 * model.qk_pos_emb_head_dim
-    if not is_moe_layer(model, layer):
-        return 8 * hidden + attention + 4 * heads + 6 * model.ffn_hidden_size
-    expert = model.expert_ffn_hidden_size
-    routed = 2 * model.router_topk * (hidden + 3 * expert) + 12 * model.num_experts
-    return 8 * hidden + attention + 4 * heads + routed + 6 * model.num_shared_experts * expert
-
-
-def logit_bytes(config: Config) -> float:
-    """Bytes of the last stage's logits: bf16, and fp32 for the loss."""
-    return 6 * _tokens_of_rank(config) * config.model.vocab_size
-
-
-def _tokens_of_rank(config: Config) -> float:
+def tokens_of_rank(config: Config) -> float:
     """Of a micro batch, a tensor- or context-parallel rank's share."""
     parallel = config.parallel
     cut = parallel.tensor_model_parallel_size * parallel.context_parallel_size

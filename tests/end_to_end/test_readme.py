@@ -64,3 +64,4 @@ def test_the_choices_named_are_those_that_exist() -> None:
         (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, flags=re.MULTILINE)
         named = re.findall(r"`(\w+)`", row)
         assert sorted(named) == sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml")), group
+    assert all(f"`{path.stem}`" in README for path in (CONF_DIR / "cluster").glob("*.yaml"))

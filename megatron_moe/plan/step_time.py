@@ -1,0 +1,151 @@
+"""How long a step takes, and its time line. Pure; imports no torch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from megatron_moe.config.schema import PlanConfig
+from megatron_moe.plan.flops import forward_flops
+from megatron_moe.plan.memory import most_micro_batches, optimizer_share, tokens_of_rank
+from megatron_moe.plan.params import rank_params
+from megatron_moe.plan.pipeline import Layers, chunks_by_stage
+from megatron_moe.plan.schedule import Kind, Pass, Timeline, one_forward_one_backward, simulate
+from megatron_moe.plan.traffic import (
+    Groups,
+    PassTraffic,
+    data_parallel,
+    groups_of,
+    pass_traffic,
+    seconds,
+    stage_to_stage,
+)
+
+# Read: gradient, weight and two moments in fp32; written: these three and the weight in bf16.
+OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 2
+
+
+@dataclass(frozen=True)
+class PassTime:
+    """Seconds of a pass of one micro batch through the layers of a chunk, by what for."""
+
+    compute: float
+    all_to_all: float
+    tensor: float
+    context: float
+
+    @property
+    def total(self) -> float:
+        """All."""
+        return self.compute + self.all_to_all + self.tensor + self.context
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of a step.
+
+    Attributes:
+        pipeline: forward and backward passes of all micro batches, with what the slowest stage waits.
+        data_parallel: sending gradients and weights, as far as computing does not hide it.
+        optimizer: the update.
+    """
+
+    pipeline: float
+    data_parallel: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """All."""
+        return self.pipeline + self.data_parallel + self.optimizer
+
+
+def imbalance(config: PlanConfig) -> float:
+    """Load of the fullest rank's experts over the mean; 1 where each rank has all experts."""
+    return config.cluster.expert_imbalance if config.parallel.expert_model_parallel_size > 1 else 1.0
+
+
+class StepModel:
+    """Times of a layout on a cluster.
+
+    Args:
+        config: with a layout that fits `world_size` ranks, and the rates and efficiencies of the cluster.
+        world_size: of all ranks.
+    """
+
+    def __init__(self, config: PlanConfig, world_size: int) -> None:
+        self.config, self.cluster, self.world_size = config, config.cluster, world_size
+        self.groups: Groups = groups_of(config, config.cluster, world_size)
+        self.stages = config.parallel.pipeline_model_parallel_size
+        self.virtual = config.parallel.virtual_pipeline_model_parallel_size
+        self.micro_batches = most_micro_batches(config, world_size)
+        self.chunks = chunks_by_stage(config.model, config.parallel)
+        layers = [sum(chunks, Layers(0, 0)) for chunks in self.chunks]
+        params = {layers: rank_params(config.model, config.parallel, layers) for layers in set(layers)}
+        self.params = [params[of_stage] for of_stage in layers]
+        self.pass_time = functools.cache(self._pass_time)
+
+    def _pass_time(self, layers: Layers, *, backward: bool) -> PassTime:
+        """Of a chunk with these layers on the rank with the fullest experts; all others wait for it."""
+        cluster = self.cluster
+        flops = forward_flops(self.config.model, layers, self.config.data.sequence_length)
+        forward = tokens_of_rank(self.config) * (flops.rest + imbalance(self.config) * flops.routed)
+        work = 2 * forward if backward else forward
+        traffic = self.pass_traffic(layers, backward=backward)
+        return PassTime(
+            compute=work / (cluster.peak_flops * cluster.compute_efficiency),
+            all_to_all=seconds(cluster, traffic.all_to_all) * (1 - cluster.all_to_all_overlap),
+            tensor=seconds(cluster, traffic.tensor),
+            context=seconds(cluster, traffic.context),
+        )
+
+    def pass_traffic(self, layers: Layers, *, backward: bool) -> PassTraffic:
+        """Of the same rank."""
+        return pass_traffic(self.config, self.groups, layers, backward=backward, imbalance=imbalance(self.config))
+
+    def stage_seconds(self, stage: int) -> float:
+        """Of a micro batch's passes, forward and backward, through all chunks of a stage."""
+        return sum(
+            self.pass_time(layers, backward=backward).total
+            for layers in self.chunks[stage]
+            for backward in (False, True)
+        )
+
+    def transfer_s(self) -> float:
+        """From a stage to the next, of a micro batch."""
+        return seconds(self.cluster, stage_to_stage(self.config, self.groups))
+
+    def pipeline_s(self) -> float:
+        """Of all passes, in closed form: the first micro batch's through all stages, and a period for each further one.
+
+        With equal stages this is 1F1B's (p - 1) / m and the interleaved schedule's (p - 1) / (v m) of idle time.
+        """
+        stages = [self.stage_seconds(stage) for stage in range(self.stages)]
+        if self.virtual > 1:
+            others = (sum(stages) - max(stages)) / self.virtual
+            return self.micro_batches * max(stages) + others + 2 * (self.stages - 1) * self.transfer_s()
+        transfers = [2 * (self.stages - 1 - stage) * self.transfer_s() for stage in range(self.stages)]
+        # A stage's forward pass waits until the micro batch before those that it keeps in flight has come back.
+        rounds = [(sum(stages[stage:]) + transfers[stage]) / (self.stages - stage) for stage in range(self.stages)]
+        return sum(stages) + transfers[0] + (self.micro_batches - 1) * max(*stages, *rounds)
+
+    def timeline(self) -> Timeline:
+        """Of all passes, simulated."""
+
+        def duration(stage: int, task: Pass) -> float:
+            backward = task.kind is Kind.backward
+            return self.pass_time(self.chunks[stage][task.chunk], backward=backward).total
+
+        orders = one_forward_one_backward(self.stages, self.virtual, self.micro_batches)
+        return simulate(orders, duration, transfer_s=self.transfer_s())
+
+    def step(self, pipeline_s: float) -> Step:
+        """With what follows the passes, on the slowest stage."""
+        cluster, params = self.cluster, set(self.params)
+        sent = max(seconds(cluster, data_parallel(self.config, self.groups, count)) for count in params)
+        updated = max(optimizer_share(self.config, self.world_size, count) for count in params)
+        return Step(
+            pipeline=pipeline_s,
+            data_parallel=sent * (1 - cluster.data_parallel_overlap),
+            optimizer=OPTIMIZER_BYTES * updated / (cluster.memory_bandwidth * cluster.memory_efficiency),
+        )

@@ -283,7 +283,8 @@ def print_published() -> None:
     for figure in published_figures():
         held = ("holds" if figure.holds else "DIFFERS") if figure.tested else "not tested"
         kind = "an input is fitted to it" if figure.fitted else held
-        table.add_row(figure.what, figure.published, f"{figure.predicted:,.4g}", f"{figure.relative:+.2%}", kind)
+        digits = len(figure.published.partition(".")[2])
+        table.add_row(figure.what, figure.published, f"{figure.predicted:,.{digits}f}", f"{figure.relative:+.2%}", kind)
     Console(width=WIDTH, highlight=False).print(table)
 
 

@@ -177,8 +177,8 @@ def _most(config: PlanConfig, num_gpus: int, *, recompute: bool = False) -> floa
 
 def _rule(problem: str) -> str:
     """A problem without its numbers, so that those of many layouts can be counted together."""
-    rule = re.sub(r"\(.*?\)|=[^\s:;,)]+", "", problem.partition(";")[0])
-    return re.sub(r"\s+", " ", re.sub(r"\b\d[\d,.]*\b", "N", rule)).strip()
+    rule = re.sub(r"=[^\s:;,)]+", "", re.split("; (?:possible|nearest)", problem)[0])
+    return re.sub(r"\b\d[\d,.]*\b", "N", rule)
 
 
 def _placed_by_time(found: Found, num_gpus: int) -> Found:

@@ -18,6 +18,7 @@ def plan_of(*options: str) -> PlanConfig:
         (["experiment=deepseekmoe_145b"], 512),
         (["experiment=deepseekmoe_145b", "parallel=pp8_ep4"], 512),
         (["experiment=deepseekmoe_145b", "parallel=pp8_ep4", "parallel.virtual_pipeline_model_parallel_size=2"], 512),
+        (["experiment=deepseekmoe_145b", "cluster.inter_node_bandwidth=5e9"], 512),
         (["experiment=deepseekmoe_16b"], 64),
         (["experiment=deepseek_v2_lite"], 64),
         (["experiment=deepseekmoe_2b"], 1),
@@ -26,7 +27,7 @@ def plan_of(*options: str) -> PlanConfig:
 def test_closed_form_is_near_the_simulation(options: list[str], num_gpus: int) -> None:
     times = StepModel(plan_of(*options), num_gpus)
     simulated = max(slots[-1].stop for slots in times.timeline())
-    assert times.pipeline_s() == pytest.approx(simulated, rel=0.02)
+    assert times.pipeline_s() == pytest.approx(simulated, rel=0.01)
 
 
 def test_a_step_by_hand() -> None:

@@ -26,7 +26,7 @@ LABELS = {
     "time/forward_backward_s": "forward and backward",
 }
 STEP_PARTS = "seconds; the all-to-all is within forward and backward"
-MAX_COLUMNS = 300  # of a heat map over time
+MAX_COLUMNS = 200  # of a heat map over time
 NO_NUMBER = 2**16 - 1
 MIN_SHARE = 1 / 4000  # of a time line's width: shorter bars cannot be seen
 

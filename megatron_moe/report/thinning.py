@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_POINTS = 800  # of a curve: about one for each pixel of a wide chart
+MAX_POINTS = 500  # of a curve: about one for each pixel of its chart
 
 
 @dataclass(frozen=True)

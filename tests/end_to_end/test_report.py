@@ -112,7 +112,7 @@ def test_the_slider_moves_the_heat_map_to_what_was_logged(browser: Any, trained:
         pictures = set()
         for key, step in (("End", 8), ("ArrowLeft", 7), ("Home", 1)):
             slider.press(key)
-            page.wait_for_function(f"document.querySelector('#routing').textContent.includes('Step {step};')")
+            page.get_by_text(f"Step {step}; busiest: expert").wait_for()
             assert slider.get_attribute("aria-valuetext") == f"step {step}"
             for title, name in (("Expert load", "moe/expert_load"), ("Device load", "moe/device_load")):
                 (heat_map,) = page.evaluate(TRACES, title)
@@ -137,7 +137,8 @@ def test_several_runs_share_the_charts(browser: Any, trained: Path, tmp_path: Pa
         assert page.get_by_text("other: not finite at step 3").is_visible()
         assert page.get_by_text("empty: metrics.jsonl: nothing has been logged yet").is_visible()
         page.get_by_label("Curves over").select_option("tokens")
-        page.wait_for_function(f"({TRACES})('Training loss')[1].x[3] === 400")
+        page.wait_for_selector("html[data-drawn]", state="attached")
+        assert page.evaluate(TRACES, "Training loss")[1]["x"] == [100, 200, 300, 400]
         assert page.evaluate(TRACES, "Training loss")[0]["x"] == [256 * step for step in range(1, 9)]
         row = page.get_by_role("row", name="optimizer.lr").first
         assert row.get_by_role("cell").all_inner_texts() == ["0.001", "0.002", "0.004"]

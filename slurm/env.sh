@@ -14,8 +14,8 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # PyTorch grows blocks of GPU memory in place: experts get another number of tokens each step, which leaves gaps.
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
 
-# One queue from the CPU to the GPU, so that kernels start in the order they were given and transfers overlap with
-# the computation that megatron-core started before them.
+# Kernels start in the order they are given: megatron-core counts on it where transfers overlap with computation
+# (tensor_parallel/layers.py:526).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
 # Nodes with several networks: name the one between them, such as bond0, where NCCL and gloo choose another.

@@ -210,7 +210,7 @@ def test_what_is_killed_on_a_node_comes_back(
     assert computed(project / "runs" / "cut") == reference
 
 
-# --- A rank that does what `run.notes` says for the attempt: to save a step, to fail, to wait
+# --- A rank that does what `run.notes` says: attempts are joined by +, what is done in one by _; a number is saved
 
 STAND_IN = f"""
 import importlib.util
@@ -227,7 +227,7 @@ def train_here(config, overrides):
     run = Path(config.run.dir)
     attempt = len(list(run.glob("tried_*")))
     (run / f"tried_{{attempt}}").touch()
-    for word in config.run.notes.split(",")[attempt].split():
+    for word in config.run.notes.split("+")[attempt].split("_"):
         if word == "gpus":
             (run / f"gpus_{{os.environ['RANK']}}").write_text(os.environ["SLURM_GPUS_ON_NODE"])
         elif word.isdecimal():
@@ -261,7 +261,7 @@ def play(cluster: Cluster, folder: Path, attempts: str, *options: str, **environ
 
 def test_attempts_without_a_new_checkpoint_come_to_an_end(cluster: Cluster, stand_in: Path) -> None:
     """Without the node that the user leaves out, in the second attempt too."""
-    job = play(cluster, stand_in, "crash,crash,9", "--nodes=1", "--exclude=n1", MOST_IDLE="2")
+    job = play(cluster, stand_in, "crash+crash+9", "--nodes=1", "--exclude=n1", MOST_IDLE="2")
     fields = cluster.wait(job, PATIENCE_S)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1")
     assert (fields["NodeList"], fields["ExcNodeList"]) == ("n2", "n1")
@@ -286,13 +286,13 @@ def test_what_would_come_again_is_not_requeued(cluster: Cluster, stand_in: Path)
 
 
 def test_a_job_that_may_not_be_requeued_says_so(cluster: Cluster, stand_in: Path) -> None:
-    job = play(cluster, stand_in, "4 preempted", "--no-requeue")
+    job = play(cluster, stand_in, "4_preempted", "--no-requeue")
     assert cluster.wait(job, PATIENCE_S)["ExitCode"] == "75:0"
     assert said(stand_in, job)[-1] == "0: saved at step 4; not requeued, the same command goes on"
 
 
 def test_a_chain_goes_on_and_ends_with_the_run(cluster: Cluster, stand_in: Path) -> None:
-    assert chain(cluster, stand_in, "7 crash,9", 3) == [
+    assert chain(cluster, stand_in, "7_crash+9", 3) == [
         ("1:0", "0: failed after step 7; the next job of the chain goes on"),
         ("0:0", "0: done"),
         ("0:0", "0: runs/played is done"),
@@ -301,7 +301,7 @@ def test_a_chain_goes_on_and_ends_with_the_run(cluster: Cluster, stand_in: Path)
 
 @pytest.mark.soak("chains on Slurm")
 def test_a_chain_ends_with_a_run_that_cannot_go_on(cluster: Cluster, stand_in: Path) -> None:
-    assert chain(cluster, stand_in, "4 preempted,hopeless,9", 4) == [
+    assert chain(cluster, stand_in, "4_preempted+hopeless+9", 4) == [
         ("75:0", "0: saved at step 4; the next job of the chain goes on"),
         ("3:0", "0: ended with exit code 3, not started again"),
         ("1:0", "0: the chain has ended, see the job before"),
@@ -319,20 +319,17 @@ def chain(cluster: Cluster, folder: Path, attempts: str, length: int) -> list[tu
 
 
 def test_a_sweep_is_an_array_of_runs(cluster: Cluster, stand_in: Path) -> None:
-    """Of which the last number is one too many."""
-    sweep = ["model=dense_nano,deepseekmoe_nano", "run.notes='9'", "run.name=${model.name}", "train.train_steps=9"]
-    array = cluster.submit("--array=0-2", "slurm/sweep.sbatch", *sweep, cwd=stand_in)
-    ends = [cluster.wait(f"{array}_{task}", PATIENCE_S)["ExitCode"] for task in range(3)]
-    assert ends == ["0:0", "0:0", "2:0"]
-    runs = [stand_in / "runs" / name for name in ("dense_nano", "deepseekmoe_nano")]
-    assert all((run / "checkpoints" / "step_00000009").is_dir() for run in runs)
-    assert sorted(path.name for path in (stand_in / "runs").iterdir()) == ["deepseekmoe_nano", "dense_nano"]
-    assert "error: --array: has 2, the sweep's 2 jobs are --array=0-1" in log_of(stand_in, f"{array}_2")
+    """The second one is requeued, whose number is also the whole array's."""
+    sweep = ["run.name=9,4_preempted+9", "run.notes='${run.name}'", "train.train_steps=9"]
+    array = cluster.submit("--array=0-1", "slurm/sweep.sbatch", *sweep, cwd=stand_in)
+    tasks = [cluster.wait(f"{array}_{task}", PATIENCE_S) for task in range(2)]
+    assert [(task["JobState"], task["Restarts"]) for task in tasks] == [("COMPLETED", "0"), ("COMPLETED", "1")]
+    assert tasks[1]["JobId"] == str(array)
 
 
 def test_a_node_with_gpus_has_a_rank_for_each(cluster: Cluster, stand_in: Path) -> None:
     """Though sbatch was not asked for GPUs: whole nodes have them."""
-    job = play(cluster, stand_in, "gpus,gpus", "--partition=gpu", "--nodelist=n3")
+    job = play(cluster, stand_in, "gpus+gpus", "--partition=gpu", "--nodelist=n3")
     assert cluster.wait(job, PATIENCE_S)["JobState"] == "COMPLETED"
     assert said(stand_in, job)[0].startswith("0: 1 nodes of 2 ranks, ")
     ranks = sorted((stand_in / "runs" / "played").glob("gpus_*"))

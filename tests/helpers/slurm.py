@@ -118,33 +118,9 @@ class Cluster:
                 command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
-    def stop(self) -> None:
-        """End every process of it, of its jobs too."""
-        daemons = list(self.daemons.values())[::-1]
-        for daemon in daemons:
-            daemon.terminate()
-        for daemon in daemons:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                daemon.wait(5)
-            daemon.kill()
-            daemon.wait()
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        wait_until(lambda: not self.processes(), 10, lambda: str(self.processes()))
-
     def processes(self, **variables: str) -> list[psutil.Process]:
         """Those of this cluster that have these variables, daemons included."""
-        return [process for process in psutil.process_iter() if self._has(process, variables)]
-
-    def _has(self, process: psutil.Process, variables: dict[str, str]) -> bool:
-        try:
-            environment = process.environ()
-            is_alive = process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
-        wanted = {"SLURM_CONF": str(self.config), **variables}
-        return is_alive and all(environment.get(name) == value for name, value in wanted.items())
+        return processes_with(SLURM_CONF=str(self.config), **variables)
 
     def run(self, *command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a command of Slurm's, or one that calls them; errors are in its output."""
@@ -184,6 +160,20 @@ class Cluster:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in paths if path.exists())
 
 
+def processes_with(**variables: str) -> list[psutil.Process]:
+    """Living processes that have these variables."""
+    return [process for process in psutil.process_iter() if _has(process, variables)]
+
+
+def _has(process: psutil.Process, variables: dict[str, str]) -> bool:
+    try:
+        environment = process.environ()
+        is_alive = process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+    return is_alive and all(environment.get(name) == value for name, value in variables.items())
+
+
 def wait_until(condition: Callable[[], bool], timeout: float, explain: Callable[[], str]) -> None:
     """Look ten times a second."""
     deadline = time.monotonic() + timeout
@@ -210,15 +200,43 @@ def skip_without_slurm() -> None:
 
 @contextlib.contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """A cluster, and none of its processes afterwards."""
+    """A cluster, and none of its processes afterwards, whatever ends this one."""
     skip_without_slurm()
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a short path, for sockets
     folder.chmod(0o755)  # for munge's clients
     (folder / "state").mkdir()
     cluster = Cluster(folder)
+    guard = subprocess.Popen([sys.executable, "-m", __name__, folder], cwd=ROOT, stdin=subprocess.PIPE)
     try:
         cluster.start()
         yield cluster
     finally:
-        cluster.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        guard.stdin.close()
+        guard.wait()
+        for daemon in cluster.daemons.values():
+            daemon.wait()
+
+
+def end_with_parent(folder: Path) -> None:
+    """When the process that started this one has ended, or says so, end those of the cluster in this folder."""
+    sys.stdin.read()
+    while left := [*processes_with(SLURM_CONF=str(folder / "slurm.conf")), *_step_daemons(folder)]:
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        time.sleep(0.1)
+    shutil.rmtree(folder)
+
+
+def _step_daemons(folder: Path) -> Iterator[psutil.Process]:
+    """They write their titles over their variables, and their logs into the folder."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.name() == "slurmstepd" and any(
+                file.path.startswith(f"{folder}/") for file in process.open_files()
+            ):
+                yield process
+
+
+if __name__ == "__main__":
+    end_with_parent(Path(sys.argv[1]))

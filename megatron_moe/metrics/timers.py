@@ -48,7 +48,7 @@ class Timers:
         self._open.append((part, begin, self._mark()))
 
     def waiting_for(self, items: Iterator[Item], part: str) -> Iterator[Item]:
-        """The same items; waiting for the next is a part of the step."""
+        """The same items, of which there is no end; waiting for the next is a part of the step."""
         while True:
             with self.measure(part):
                 item = next(items)

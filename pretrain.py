@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 
 from megatron_moe.checkpoint.run_folder import saved_steps, step_of
 from megatron_moe.config.errors import ConfigError, Preempted, TrainingError
-from megatron_moe.config.load import COMPOSITION_ERRORS, CONF_DIR, explain, register_schema, to_config
+from megatron_moe.config.load import COMPOSITION_ERRORS, CONF_DIR, check_own_runs, explain, register_schema, to_config
 from megatron_moe.config.schema import Config
 from megatron_moe.config.validate import validate
 from megatron_moe.distributed import launch, signals, watchdog
@@ -93,8 +93,8 @@ def load(composed: DictConfig) -> tuple[Config, int]:
     """The checked configuration and the number of ranks that run it."""
     config = typed(composed)
     world_size = validate(config, launch.launched_world_size(os.environ))
-    if is_sweep() and not any(o.startswith(("run.name=", "run.dir=")) for o in HydraConfig.get().overrides.task):
-        raise ConfigError("run.name: each job of a sweep needs its own, such as run.name='lr-${optimizer.lr}'")
+    if is_sweep():
+        check_own_runs(sys.argv[1:])
     make_run_folder(config)
     return config, world_size
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # A chain of jobs, where Slurm may not start a job again: each goes on where the one before ended.
 #
-#     slurm/chain.sh 8 --nodes=16 slurm/pretrain.sbatch experiment=deepseekmoe_16b run.name=try1
+#     slurm/chain.sh 8 --nodes=16 slurm/pretrain.sbatch experiment=deepseekmoe_16b \
+#       'data.train=[{path: data/docs}]' run.name=try1
 #
 # They run one after the other, and those left over when the run is done end at once.
 

@@ -9,6 +9,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.load import check_own_runs
 
 
 def job_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> list[str]:
@@ -26,6 +27,5 @@ def job_arguments(arguments: Sequence[str], environment: Mapping[str, str]) -> l
     number = int(environment["SLURM_ARRAY_TASK_ID"])
     if number >= len(jobs):
         raise ConfigError(f"--array: has {number}, the sweep's {len(jobs)} jobs are --array=0-{len(jobs) - 1}")
-    if not any(override.startswith(("run.name=", "run.dir=")) for override in overrides):
-        raise ConfigError("run.name: each job of a sweep needs its own, such as run.name='lr-${optimizer.lr}'")
+    check_own_runs(overrides)
     return [*flags, *jobs[number]]

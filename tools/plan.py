@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import html
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +91,9 @@ def run_search(args: argparse.Namespace) -> None:
     config = load(args)
     if config.cluster.num_gpus is None:
         raise ConfigError("cluster.num_gpus=null: must be given with --search")
-    pinned = {override.partition("=")[0] for override in args.overrides}
+    pinned = {override.partition("=")[0].lstrip("+") for override in args.overrides}
+    if "parallel" in pinned:
+        raise ConfigError("parallel: is what --search chooses; hold parallel.OPTION=VALUE, or leave out --search")
     result = search(config, config.cluster.num_gpus, pinned)
     if args.json:
         found = [layout(one) for one in result.found[:SHOWN]]
@@ -270,9 +273,9 @@ def emit(args: argparse.Namespace, found: Found) -> None:
     title = f"# {found.config.model.name} on {found.config.cluster.num_gpus} x {found.config.cluster.name}, by a search"
     path.write_text("\n".join([title, *(f"{name}: {value}" for name, value in chosen.items())]) + "\n")
     options = [override for override in with_recipe(args.overrides) if not override.startswith(("cluster", "parallel"))]
-    command = ["python pretrain.py", f"--config-dir {args.config_dir}", *options, f"parallel={args.emit}"]
+    command = ["python", "pretrain.py", "--config-dir", str(args.config_dir), *options, f"parallel={args.emit}"]
     micro_batch = f"train.micro_batch_size={found.config.train.micro_batch_size}"
-    print(f"wrote {path}; {' '.join([*command, micro_batch])}")
+    print(f"wrote {path}; {shlex.join([*command, micro_batch])}")
 
 
 def print_published() -> None:

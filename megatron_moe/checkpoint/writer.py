@@ -38,8 +38,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_moe.checkpoint.chunks import as_chunk
 from megatron_moe.checkpoint.manifest import FileEntry, Files
+from megatron_moe.distributed.context import from_main
 
 MAX_FILES = 4  # of a rank, each written by a thread
+CPU = torch.device("cpu")
 Entries = dict[str, TensorStorageMetadata | BytesStorageMetadata]
 
 
@@ -70,7 +72,7 @@ class SavePlan:
     Attributes:
         files: by name.
         entries: of all ranks; on rank 0.
-        is_fixed: whether no module has an object beside its tensors, whose bytes would be those of this save.
+        is_fixed: whether no module, of any rank, has a state beside its tensors, whose bytes would be this save's.
     """
 
     files: dict[str, list[Item]]
@@ -96,11 +98,17 @@ def plan_save(state: ShardedStateDict) -> SavePlan:
     mine = [place for place in nested_values(sharded) if is_main_replica(place.replica_id)]
     items = [_item(place) for place in mine]
     entries: list[Any] = [None] * dist.get_world_size()
-    found = [(item.index.fqn, item.entry) for item in items]
+    is_fixed = all(_is_nothing(place.data) for place in mine if isinstance(place, ShardedObject))
+    found = [(item.index.fqn, item.entry) for item in items], is_fixed
     dist.gather_object(found, entries if dist.get_rank() == 0 else None)
     is_main = dist.get_rank() == 0
-    is_fixed = all(place.data is None for place in mine if isinstance(place, ShardedObject))
-    return SavePlan(_dealt(items), _merged(entry for rank in entries for entry in rank) if is_main else {}, is_fixed)
+    merged = _merged(entry for rank, _ in entries for entry in rank) if is_main else {}
+    return SavePlan(_dealt(items), merged, is_fixed=from_main(lambda: all(is_fixed for _, is_fixed in entries)))
+
+
+def _is_nothing(data: Any) -> bool:
+    """Whether a module has no state beside its tensors; Transformer Engine's then give an empty tensor."""
+    return data is None or (isinstance(data, Tensor) and data.numel() == 0)
 
 
 def _item(place: ShardedTensor | ShardedObject) -> Item:
@@ -146,7 +154,7 @@ class Staging:
     def copy(self, plan: SavePlan) -> SavePlan:
         """The same with tensors that the training does not change."""
         tensors = [item.data for items in plan.files.values() for item in items if isinstance(item.data, Tensor)]
-        with _beside_the_training(tensors[0].device):
+        with _beside_the_training(next((t.device for t in tensors if t.is_cuda), CPU)):
             files = {name: [self._copied(item) for item in items] for name, items in plan.files.items()}
         return dataclasses.replace(plan, files=files)
 

@@ -13,6 +13,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -165,3 +166,15 @@ def _compose(overrides: Sequence[str], schema: type[T]) -> T:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error.__cause__ or error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def check_own_runs(arguments: Sequence[str]) -> None:
+    """Refuse a sweep whose jobs would share a run.
+
+    Raises:
+        ConfigError: neither its name nor its folder differs between them.
+    """
+    named = [argument for argument in arguments if argument.startswith(("run.name=", "run.dir="))]
+    parsed = OverridesParser.create().parse_overrides(named)
+    if not any(override.is_sweep_override() or "${" in override.input_line for override in parsed):
+        raise ConfigError("run.name: each job of a sweep needs its own, such as run.name='lr-${optimizer.lr}'")

@@ -77,6 +77,7 @@ def distributed(
 
 
 def _leave() -> None:
+    dist.barrier()  # rank 0 may still send what it logged, and launchers end what is left when a rank has ended
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

@@ -71,7 +71,9 @@ class TerminalBar:
 
 def is_terminal() -> bool:
     """Whether a bar can be drawn where this process prints."""
-    return sys.stdout is not None and sys.stdout.isatty() and not Console().is_dumb_terminal
+    console = Console()
+    is_one = sys.stdout is not None and sys.stdout.isatty()  # rich also takes a pipe for one where FORCE_COLOR is set
+    return is_one and console.is_terminal and not console.is_dumb_terminal
 
 
 class _Console(Console):

@@ -48,7 +48,7 @@ class Timers:
         self._open.append((part, begin, self._mark()))
 
     def waiting_for(self, items: Iterator[Item], part: str) -> Iterator[Item]:
-        """The same items; waiting for the next is a part of the step."""
+        """The same items, of which there is no end; waiting for the next is a part of the step."""
         while True:
             with self.measure(part):
                 item = next(items)
@@ -103,7 +103,8 @@ def all_to_all_measured(timers: Timers) -> Iterator[None]:
     def all_to_all_single(output: Tensor, input: Tensor, *args: Any, **options: Any) -> Any:
         with timers.measure("all_to_all"):
             work = original(output, input, *args, **options)
-        timers.sent_bytes += _bytes_to_others(input, options["input_split_sizes"], options["group"])
+        if "group" in options:
+            timers.sent_bytes += _bytes_to_others(input, options.get("input_split_sizes"), options["group"])
         return work
 
     dist.all_to_all_single = all_to_all_single

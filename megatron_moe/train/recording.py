@@ -112,5 +112,5 @@ def _export(profiler: torch.profiler.profile, path: Path) -> None:
 def _tolerant(action: Callable[[], None]) -> None:
     try:
         action()
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # of files, of the profiler
         sys.stderr.write(f"warning: not written: {error}\n")

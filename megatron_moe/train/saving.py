@@ -98,7 +98,7 @@ class Saving:
         if folder is not None:
             self._saved_step = step_of(folder)
             self._times = {"checkpoint/save_s": end - self._begun_at, "checkpoint/blocked_s": self._waited_s}
-            self._say(f"step {self._saved_step} | saved {folder} in {self._waited_s:.1f} s")
+            self._say(f"step {self._saved_step} | saved {folder}, training waited {self._waited_s:.1f} s")
 
     def _tolerant(self, action: Callable[[], None]) -> None:
         try:

@@ -54,7 +54,7 @@ class Timeline:
         """Begin a range, but for those that only enclose others."""
         kind = _kind(name)
         if kind is not None:
-            label = next(self._labels[kind]) if kind in self._labels else name.removeprefix(f"{kind}-")
+            label = next(self._labels[kind], "?") if kind in self._labels else name.removeprefix(f"{kind}-")
             annotation = record_function(f"{kind} {label}")
             annotation.__enter__()
             self._started[name] = annotation, self._now()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_moe.checkpoint.manifest import write_manifest
 from tests.helpers.ranks import run_ranks
@@ -132,19 +133,19 @@ def test_an_imported_model_is_no_run_to_go_on_with(tmp_path: Path) -> None:
         run_ranks(weights, 1, [f"run.dir={tmp_path}"])
 
 
-def save_what_changes_beside_tensors(folder: str) -> tuple[list[int], bool]:
-    """Three saves with an object of a module that counts them; what the last two hold of it, and whether the last has
+def save_what_changes_beside_tensors(layout: str, folder: str) -> tuple[list[int], bool]:
+    """Three saves with an object that counts them, which rank 0 writes: what they hold of it, and whether the last has
     the random state of its time."""
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     from megatron_moe.checkpoint.dcp import read_index
 
-    with tiny_run([f"run.dir={folder}"]) as (run, _, _):
+    with tiny_run([f"parallel={layout}", f"run.dir={folder}"]) as (run, _, _):
         plain, saves, found = run.checkpointer.sharded_state_dict, [], []
 
         def with_object(**options: bool) -> dict:
             saves.append(len(saves))
-            return {**plain(**options), "extra": ShardedObject("extra", saves[-1], (1,), (0,))}
+            return {**plain(**options), "extra": ShardedObject("extra", saves[-1], (1,), (0,), dist.get_rank())}
 
         run.checkpointer.sharded_state_dict = with_object
         for _ in range(3):
@@ -161,7 +162,8 @@ def save_what_changes_beside_tensors(folder: str) -> tuple[list[int], bool]:
         return found, torch.equal(torch.get_rng_state(), random)
 
 
-def test_a_later_save_has_what_changed_beside_tensors(tmp_path: Path) -> None:
-    found, is_random_state = run_ranks(save_what_changes_beside_tensors, 1, str(tmp_path))[0]
-    assert found == [0, 1, 2]
-    assert is_random_state
+@pytest.mark.parametrize("layout", ["single", "dp2"])
+def test_a_later_save_has_what_changed_beside_tensors(layout: str, tmp_path: Path) -> None:
+    for found, is_random_state in run_ranks(save_what_changes_beside_tensors, LAYOUTS[layout], layout, str(tmp_path)):
+        assert found == [0, 1, 2]
+        assert is_random_state

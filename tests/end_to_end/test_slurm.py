@@ -23,6 +23,7 @@ from megatron_moe.data.tokenizer import train_tokenizer
 from megatron_moe.plan.memory import memory_by_stage
 from slurm.sweep import job_arguments
 from tests.helpers.cli import ROOT, metrics_of, run_cli
+from tests.helpers.runs import UNEQUAL
 from tests.helpers.secrets import SECRETS, files_with
 from tests.helpers.slurm import Cluster, running_cluster, wait_until
 from tests.helpers.training import TINY
@@ -70,10 +71,7 @@ def project(tmp_path: Path) -> Path:
 
 def computed(run: Path) -> list[dict[str, Any]]:
     """The logged steps without what the clock and the memory say."""
-    return [
-        {name: value for name, value in line.items() if not name.startswith(("speed/", "memory/"))}
-        for line in metrics_of(run)
-    ]
+    return [{name: value for name, value in line.items() if not name.startswith(UNEQUAL)} for line in metrics_of(run)]
 
 
 def log_of(project: Path, job: int | str) -> str:

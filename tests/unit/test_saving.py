@@ -51,7 +51,7 @@ def test_training_waits_for_all_of_a_save_in_the_foreground(clock: SimpleNamespa
     saves.save(TrainState(step=5))
     assert saves.take_times() == {"checkpoint/save_s": 14.0, "checkpoint/blocked_s": 14.0}
     assert saves.take_times() == {}
-    assert said == ["step 5 | saved step_00000005 in 14.0 s"]
+    assert said == ["step 5 | saved step_00000005, training waited 14.0 s"]
 
 
 def test_training_waits_for_the_beginning_the_copy_and_the_end_of_one_in_the_background(clock: SimpleNamespace) -> None:
@@ -63,7 +63,7 @@ def test_training_waits_for_the_beginning_the_copy_and_the_end_of_one_in_the_bac
     assert saves.take_times() == {}
     saves.finish()
     assert saves.take_times() == {"checkpoint/save_s": 1107.0, "checkpoint/blocked_s": 7.0}
-    assert said == ["step 5 | saved step_00000005 in 7.0 s"]
+    assert said == ["step 5 | saved step_00000005, training waited 7.0 s"]
 
 
 def test_a_save_that_fails_has_no_times(clock: SimpleNamespace) -> None:

@@ -56,6 +56,7 @@ def test_a_sweep_s_jobs_are_those_of_multirun() -> None:
     [
         (["model=a,b", "run.name=x-${model}"], 2, "--array: has 2, the sweep's 2 jobs are --array=0-1"),
         (["model=a,b"], 0, "run.name: each job of a sweep needs its own"),
+        (["model=a,b", "run.name=fixed"], 0, "run.name: each job of a sweep needs its own"),
     ],
 )
 def test_a_sweep_that_cannot_be(overrides: list[str], task: int, message: str) -> None:

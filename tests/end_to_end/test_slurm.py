@@ -213,6 +213,7 @@ def test_what_is_killed_on_a_node_comes_back(
 STAND_IN = f"""
 import importlib.util
 import os
+import time
 from pathlib import Path
 
 spec = importlib.util.spec_from_file_location("real", "{ROOT}/pretrain.py")
@@ -234,6 +235,8 @@ def train_here(config, overrides):
             raise Preempted(0)
         elif word == "hopeless":
             raise TrainingError("the loss is not finite")
+        elif word == "wait":
+            time.sleep(10)
         elif word == "crash":
             raise RuntimeError("a broken cable")
 
@@ -317,8 +320,8 @@ def chain(cluster: Cluster, folder: Path, attempts: str, length: int) -> list[tu
 
 
 def test_a_sweep_is_an_array_of_runs(cluster: Cluster, stand_in: Path) -> None:
-    """The second one is requeued, whose number is also the whole array's."""
-    sweep = ["run.name=9,4_preempted+9", "run.notes='${run.name}'", "train.train_steps=9"]
+    """The second one is requeued, whose number is also the whole array's, while the first one runs."""
+    sweep = ["run.name=wait_9,4_preempted+9", "run.notes='${run.name}'", "train.train_steps=9"]
     array = cluster.submit("--array=0-1", "slurm/sweep.sbatch", *sweep, cwd=stand_in)
     tasks = [cluster.wait(f"{array}_{task}", PATIENCE_S) for task in range(2)]
     assert [(task["JobState"], task["Restarts"]) for task in tasks] == [("COMPLETED", "0"), ("COMPLETED", "1")]

@@ -25,7 +25,7 @@ DAEMONS = ("munged", "slurmctld", "slurmd")
 SBIN = "/usr/sbin:/sbin"  # not on every user's path
 NODES = ("n1", "n2", "n3")
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-KILL_WAIT_S = 60  # from SIGTERM to SIGKILL
+KILL_WAIT_S = 15  # from SIGTERM to SIGKILL
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -206,7 +206,12 @@ def running_cluster() -> Iterator[Cluster]:
     folder.chmod(0o755)  # for munge's clients
     (folder / "state").mkdir()
     cluster = Cluster(folder)
-    guard = subprocess.Popen([sys.executable, "-m", __name__, folder], cwd=ROOT, stdin=subprocess.PIPE)
+    guard = subprocess.Popen(
+        [sys.executable, "-m", __name__, folder],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # what ends a test runner may end its process group
+    )
     try:
         cluster.start()
         yield cluster

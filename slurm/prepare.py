@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import DictConfig
 
 import pretrain
-from megatron_moe.config.derived import required_world_size
+from megatron_moe.config.derived import last_step, required_world_size
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import ParallelConfig
 from megatron_moe.config.validate import validate
@@ -52,7 +52,7 @@ def prepare(composed: DictConfig, restarts: int) -> int:
         pretrain.make_run_folder(config)
     except ConfigError as error:
         return pretrain.fail(error)
-    print(ranks, config.train.exit_step or config.train.train_steps)
+    print(ranks, last_step(config))
     print(config.run.dir)
     return 0
 

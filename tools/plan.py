@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import html
 import json
 import shlex
 import sys
@@ -35,7 +34,6 @@ from megatron_moe.plan.search import Found, Search, search
 GIB, GB = 2**30, 1e9
 WIDTH = 160
 SHOWN = 10  # layouts of a search
-DRAWN = 20_000  # passes of a time line
 SHORT = {
     "tensor_model_parallel_size": "TP",
     "pipeline_model_parallel_size": "PP",
@@ -81,7 +79,13 @@ def run_estimate(args: argparse.Namespace) -> None:
     else:
         print_plan(config, plan)
     if args.html:
-        args.html.write_text(page(config, plan), encoding="utf-8")
+        from megatron_moe.report.plan_page import plan_page
+
+        rows = [
+            *((what, value, FORMULAS[formula].text) for what, value, formula in facts(config, plan)),
+            *inputs(config),
+        ]
+        args.html.write_text(plan_page(title_of(config, plan), plan, rows), encoding="utf-8")
         if not args.json:
             print(f"wrote {args.html}")
 
@@ -289,60 +293,6 @@ def print_published() -> None:
         digits = len(figure.published.partition(".")[2])
         table.add_row(figure.what, figure.published, f"{figure.predicted:,.{digits}f}", f"{figure.relative:+.2%}", kind)
     Console(width=WIDTH, highlight=False).print(table)
-
-
-def page(config: PlanConfig, plan: Plan) -> str:
-    """Memory of the stages, a time line and all estimates, as one HTML page that needs no network."""
-    import plotly.io
-
-    figures = [memory_figure(plan), timeline_figure(plan)]
-    parts = [
-        plotly.io.to_html(figure, full_html=False, include_plotlyjs=number == 0)
-        for number, figure in enumerate(figures)
-    ]
-    rows = [(what, value, FORMULAS[formula].text) for what, value, formula in facts(config, plan)] + [*inputs(config)]
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    title = html.escape(title_of(config, plan))
-    return (
-        f"<!doctype html><html><head><title>{title}</title><meta charset='utf-8'></head><body><h1>{title}</h1>"
-        f"{''.join(parts)}<table>{cells}</table></body></html>"
-    )
-
-
-def memory_figure(plan: Plan) -> Any:
-    """A bar for each stage, and what may be used."""
-    import plotly.graph_objects as go
-
-    stages = [f"stage {stage}" for stage in range(len(plan.memory))]
-    bars = [
-        go.Bar(name=field.name, x=stages, y=[getattr(memory, field.name) / GIB for memory in plan.memory])
-        for field in dataclasses.fields(plan.memory[0])
-    ]
-    figure = go.Figure(bars, layout={"barmode": "stack", "title": "memory of the fullest rank of each stage"})
-    figure.add_hline(plan.memory_limit / GIB, annotation_text="usable")
-    return figure.update_yaxes(title="GiB")
-
-
-def timeline_figure(plan: Plan) -> Any:
-    """The passes of each stage; of a long step the first."""
-    import plotly.graph_objects as go
-
-    shown = [slots[: DRAWN // len(plan.timeline)] for slots in plan.timeline]
-    bars = []
-    for kind in sorted({slot.task.kind for slots in shown for slot in slots}, key=lambda kind: kind.value):
-        drawn = [(stage, slot) for stage, slots in enumerate(shown) for slot in slots if slot.task.kind is kind]
-        bars.append(
-            go.Bar(
-                name=kind.value,
-                orientation="h",
-                y=[f"stage {stage}" for stage, _ in drawn],
-                base=[slot.start for _, slot in drawn],
-                x=[slot.stop - slot.start for _, slot in drawn],
-                hovertext=[f"micro batch {s.task.micro_batch}, virtual stage {s.task.chunk}" for _, s in drawn],
-            )
-        )
-    figure = go.Figure(bars, layout={"barmode": "overlay", "title": "forward and backward passes of a step"})
-    return figure.update_xaxes(title="seconds").update_yaxes(autorange="reversed")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import shutil
 import threading
@@ -27,7 +26,7 @@ from megatron_moe.checkpoint.compatibility import (
     check_same_schedule,
 )
 from megatron_moe.checkpoint.coverage import layouts_of, problems_of_coverage
-from megatron_moe.checkpoint.dcp import BACKEND, read_index
+from megatron_moe.checkpoint.dcp import read_index, write_index
 from megatron_moe.checkpoint.manifest import rename_for_good, write_manifest
 from megatron_moe.checkpoint.optimizer_state import sharded_state
 from megatron_moe.checkpoint.reader import damage, load, refuse_damaged
@@ -44,7 +43,7 @@ from megatron_moe.checkpoint.run_folder import (
     superfluous,
 )
 from megatron_moe.checkpoint.state import TrainState
-from megatron_moe.checkpoint.writer import SavePlan, Staging, Written, plan_save, write, write_index
+from megatron_moe.checkpoint.writer import SavePlan, Staging, Written, index_of, plan_save, write
 from megatron_moe.config.errors import ConfigError, TrainingError
 from megatron_moe.config.schema import Config, ModelConfig, OnDamage, Verify
 from megatron_moe.distributed.context import from_main
@@ -217,9 +216,7 @@ class Checkpointer:
     def _commit(self, pending: PendingSave, parts: list[Written]) -> None:
         partial = pending.folder.with_suffix(PARTIAL)
         with _removed_on_failure(pending):
-            write_index(self._plan, parts, partial)
-            (partial / "common.pt").write_bytes(_nothing_common())
-            (partial / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
+            write_index(partial, index_of(self._plan, parts))
             (partial / "state.json").write_text(json.dumps(pending.description, indent=1), encoding="utf-8")
             if lost := problems_of_coverage(layouts_of(read_index(partial)), self.config.model):
                 raise SaveError("; ".join(lost))
@@ -375,13 +372,6 @@ def _ranks_with_broken_weights(model: list[DistributedDataParallel]) -> list[int
     flags[dist.get_rank()] = not torch.isfinite(norm)
     dist.all_reduce(flags)
     return flags.nonzero().flatten().tolist()
-
-
-def _nothing_common() -> bytes:
-    """megatron-core's file for what has no shards. torch, given a path, raises no OSError where the disk is full."""
-    buffer = io.BytesIO()
-    torch.save({}, buffer)
-    return buffer.getvalue()
 
 
 def _make_anew(partial: Path) -> None:

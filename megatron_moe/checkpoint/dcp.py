@@ -324,9 +324,20 @@ def write_checkpoint(
             index.storage_data[MetadataIndex(name)] = place
         for tensor in tensors:
             _write_tensor(file, tensor, index, read)
-    torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
+    write_index(folder, index)
+
+
+def write_index(folder: Path, index: Metadata) -> None:
+    """Write what a checkpoint has beside its tensors: the index, megatron-core's version and its file of what is whole.
+
+    Raises:
+        OSError: the disk is full, say. (torch, given a path, raises a RuntimeError.)
+    """
+    nothing_whole = io.BytesIO()
+    torch.save({}, nothing_whole)
     (folder / ".metadata").write_bytes(pickle.dumps(index))
+    (folder / "common.pt").write_bytes(nothing_whole.getvalue())
+    (folder / "metadata.json").write_text(json.dumps(BACKEND), encoding="utf-8")
 
 
 def _write_tensor(

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import io
 import os
-import pickle
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -216,11 +215,10 @@ def _save(data: Tensor, stream: _DigestingStream) -> None:
         raise error.__context__ or error from None
 
 
-def write_index(plan: SavePlan, written: Iterable[Written], folder: Path) -> None:
-    """Write `.metadata`, on rank 0. Nothing in it differs between two saves of the same."""
+def index_of(plan: SavePlan, written: Iterable[Written]) -> Metadata:
+    """Of all ranks' files, on rank 0. Nothing in it differs between two saves of the same."""
     places = {index: place for rank in written for index, place in rank.places.items()}
-    index = Metadata(plan.entries, storage_data=places, storage_meta=StorageMeta())
-    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    return Metadata(plan.entries, storage_data=places, storage_meta=StorageMeta())
 
 
 class _DigestingStream:

@@ -7,6 +7,11 @@ from pathlib import Path
 from megatron_moe.config.schema import Config, DataSource, ModelConfig, ParallelConfig
 
 
+def last_step(config: Config) -> int:
+    """The step after which a start of the run stops."""
+    return config.train.exit_step or config.train.train_steps
+
+
 def num_chunks(parallel: ParallelConfig) -> int:
     """Model chunks of the pipeline: stages times virtual stages."""
     return parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size

@@ -59,10 +59,11 @@ def drop_after(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and _step_of(line) <= step]
+    steps = [_step_of(line) for line in lines]
+    kept = [line for line, logged in zip(lines, steps, strict=True) if line.endswith(b"\n") and logged <= step]
     if len(kept) < len(lines):
         write_whole(path, b"".join(kept))
-    return int(max((s for s in map(_step_of, lines) if math.isfinite(s)), default=0))
+    return int(max(filter(math.isfinite, steps), default=0))
 
 
 def _step_of(line: bytes) -> float:

@@ -233,7 +233,7 @@ def heat_map(load: list[list[float]], first_layer: int, unit: str) -> Any:
     import plotly.graph_objects as go
 
     layers = list(range(first_layer, first_layer + len(load)))
-    cells = go.Heatmap(z=load, y=layers, zmin=0, zmid=1, zmax=2, colorscale="RdBu_r", colorbar_title="load / mean")
+    cells = go.Heatmap(z=load, y=layers, zmin=0, zmax=2, colorscale="RdBu_r", colorbar_title="load / mean")
     axes = {"xaxis_title": unit, "yaxis": {"title": "layer", "autorange": "reversed"}}
     return go.Figure(cells, {**axes, "template": "none"})
 

@@ -224,18 +224,20 @@ ALL_RATES = (*RATES, "memory_efficiency", "all_to_all_overlap", "data_parallel_o
 FORMULAS = {
     "parameters": Formula("sizes of all tensors; on a rank cut over TP, routed experts over EP x ETP"),
     "FLOPs per token": Formula("6 x the matrices a token meets + causal attention, no router; or as the paper counts"),
-    "weights": Formula("2 bytes a parameter of the rank"),
+    "weights": Formula("2 bytes (fp32: 4) a parameter of the rank"),
     "gradients": Formula("4 bytes a parameter of the rank"),
-    "optimizer": Formula("12 bytes a parameter of the rank, shared over its replicas"),
+    "optimizer": Formula("12 bytes (fp32: 8) a parameter of the rank, shared over its replicas"),
     "activations": Formula("what each layer's backward pass needs x micro batches in flight", ("expert_imbalance",)),
-    "logits": Formula("6 bytes a token and entry of the vocabulary, on the last stage"),
-    "dispatch": Formula("8 x top-k x hidden bytes a token", ("expert_imbalance",)),
+    "logits": Formula("6 bytes (fp32: 12) a token and entry of the vocabulary, on the last stage"),
+    "dispatch": Formula("8 bytes (fp32: 16) x top-k x hidden a token", ("expert_imbalance",)),
     "limit": Formula("memory of the card x usable_memory", ("usable_memory",)),
-    "all_to_all": Formula("4 a layer and micro batch: tokens x top-k x hidden x 2 bytes to all", ("expert_imbalance",)),
+    "all_to_all": Formula(
+        "4 a layer and micro batch: 2 bytes (fp32: 4) x top-k x hidden a token", ("expert_imbalance",)
+    ),
     "tensor": Formula("inputs of blocks gathered, outputs scattered, forward and backward"),
     "context": Formula("keys and values passed round, backward with their gradients"),
-    "data": Formula("gradients scattered, weights gathered: 6 bytes x (n - 1) / n a parameter of the rank"),
-    "pipeline": Formula("tokens x hidden x 2 bytes, forward and backward, from stage to stage"),
+    "data": Formula("gradients scattered, weights gathered: 6 bytes (fp32: 8) x (n - 1) / n a parameter"),
+    "pipeline": Formula("2 bytes (fp32: 4) x hidden a token, forward and backward, from stage to stage"),
     "bubble": Formula("simulated; (p - 1) / (v m) where all stages take as long", RATES),
     "step time": Formula(
         "simulated passes of FLOPs / reached peak + bytes / reached bandwidth; then the rest", ALL_RATES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_moe.config.derived import expert_tensor_parallel_size, is_moe_layer
+from megatron_moe.config.derived import data_parallel_size, expert_tensor_parallel_size, is_moe_layer
 from megatron_moe.config.schema import ModelConfig, ParallelConfig
 from megatron_moe.plan.pipeline import layers_of_stage
 
@@ -30,6 +30,16 @@ class Placement:
         experts = "none" if self.experts is None else _span(self.experts[0], self.experts[-1])
         layers = " | ".join(_layer_text(model, chunk) for chunk in self.layers)
         return ", ".join(_spans(self.ranks)), layers, experts
+
+
+def describe_layout(parallel: ParallelConfig, world_size: int) -> str:
+    """Ranks and the sizes of their groups as text."""
+    return (
+        f"{world_size} ranks: tensor {parallel.tensor_model_parallel_size}, pipeline "
+        f"{parallel.pipeline_model_parallel_size} x {parallel.virtual_pipeline_model_parallel_size} virtual, "
+        f"context {parallel.context_parallel_size}, data {data_parallel_size(parallel, world_size)}, expert "
+        f"{parallel.expert_model_parallel_size} x {expert_tensor_parallel_size(parallel)} tensor"
+    )
 
 
 def placements(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> list[Placement]:

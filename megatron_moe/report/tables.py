@@ -15,7 +15,7 @@ from megatron_moe.config.derived import is_moe_layer
 from megatron_moe.config.load import option_names
 from megatron_moe.config.schema import Config
 from megatron_moe.plan.params import activated_params, total_params
-from megatron_moe.plan.placement import placements
+from megatron_moe.plan.placement import describe_layout, placements
 from megatron_moe.report.runs import RunRecord
 
 LAST = 10  # logged steps that a figure of the overview is the mean of
@@ -56,19 +56,6 @@ def _model(run: RunRecord) -> str:
     return f"{model.name}, {total_params(model):,} parameters, {activated_params(model):,} activated"
 
 
-def _layout(run: RunRecord) -> str:
-    parallel = run.config.parallel
-    sizes = {
-        "tensor": parallel.tensor_model_parallel_size,
-        "pipeline": parallel.pipeline_model_parallel_size,
-        "virtual": parallel.virtual_pipeline_model_parallel_size,
-        "context": parallel.context_parallel_size,
-        "expert": parallel.expert_model_parallel_size,
-    }
-    ranks = f"{run.world_size} rank" + ("s" if run.world_size > 1 else "")
-    return ", ".join([ranks, *(f"{name} {size}" for name, size in sizes.items() if size > 1)])
-
-
 def _progress(run: RunRecord) -> str:
     done, planned = run.metrics.last_step, run.config.train.train_steps
     return f"{done:,} of {planned:,} steps" + ("" if done >= planned else ", unfinished")
@@ -104,7 +91,7 @@ def _checkpoints(run: RunRecord) -> str:
 
 FACTS: dict[str, Callable[[RunRecord], str]] = {
     "model": _model,
-    "layout": _layout,
+    "layout": lambda run: describe_layout(run.config.parallel, run.world_size),
     "progress": _progress,
     "tokens": _tokens,
     f"training loss, mean of the last {LAST}": _mean_of_last("train/lm_loss", "{:.4f}"),

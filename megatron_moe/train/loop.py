@@ -12,7 +12,7 @@ from megatron.core.optimizer import ChainedOptimizer
 
 from megatron_moe.checkpoint.checkpointer import Checkpointer
 from megatron_moe.checkpoint.state import TrainState
-from megatron_moe.config.derived import batch_size, num_micro_batches
+from megatron_moe.config.derived import batch_size, last_step, num_micro_batches
 from megatron_moe.config.errors import Preempted, TrainingError
 from megatron_moe.config.schema import Config
 from megatron_moe.data.dataset import unigram_entropy
@@ -29,9 +29,9 @@ from megatron_moe.train.agreement import Agreement
 from megatron_moe.train.evaluate import held_out_loss
 from megatron_moe.train.guard import Guard
 from megatron_moe.train.recording import Recorder
-from megatron_moe.train.report import print_start, write_run_files
 from megatron_moe.train.saving import Saving
 from megatron_moe.train.speed_metrics import speed_metrics
+from megatron_moe.train.start import print_start, write_run_files
 from megatron_moe.train.step import Batches, Pipeline, StepResult, train_step
 from megatron_moe.train.step_metrics import step_metrics
 
@@ -55,7 +55,7 @@ class Run:
     @property
     def last_step(self) -> int:
         """The step after which this process stops."""
-        return _last_step(self.config)
+        return last_step(self.config)
 
     def is_due(self, interval: int) -> bool:
         """Whether something that happens every `interval` steps, and at the end, happens after this step."""
@@ -136,12 +136,8 @@ def set_up(config: Config, context: DistributedContext) -> Run:
         notes=notes,
         guard=Guard(config.train, state),
         saving=Saving(checkpointer, in_background=config.checkpoint.async_save, say=context.say, saved_step=state.step),
-        recorder=Recorder(config, context, pipeline, optimizer, range(state.step + 1, _last_step(config) + 1)),
+        recorder=Recorder(config, context, pipeline, optimizer, range(state.step + 1, last_step(config) + 1)),
     )
-
-
-def _last_step(config: Config) -> int:
-    return config.train.exit_step or config.train.train_steps
 
 
 def _logger(run: Run) -> contextlib.AbstractContextManager[MetricLogger | None]:

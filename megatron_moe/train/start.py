@@ -19,7 +19,6 @@ from rich.table import Table
 from megatron_moe.checkpoint.run_folder import plain
 from megatron_moe.config.derived import (
     batch_size,
-    data_parallel_size,
     num_device_groups,
     num_micro_batches,
     samples_before,
@@ -33,7 +32,7 @@ from megatron_moe.files import write_json, write_whole
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import model_flops_per_token, paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
-from megatron_moe.plan.placement import placements
+from megatron_moe.plan.placement import describe_layout, placements
 from megatron_moe.train.speed_metrics import device_peak_flops
 from megatron_moe.train.step_metrics import peak_memory_gib
 
@@ -102,13 +101,7 @@ def start_facts(config: Config, world_size: int, device: torch.device, datasets:
         ("compute", _compute_text(config, device)),
         ("precision", f"{config.precision.dtype.value}; router logits, optimizer state and gradient sums fp32"),
         *([("kernels", deterministic.describe())] if deterministic.is_on() else []),
-        (
-            "layout",
-            f"{world_size} ranks: tensor {parallel.tensor_model_parallel_size}, pipeline "
-            f"{parallel.pipeline_model_parallel_size} x {parallel.virtual_pipeline_model_parallel_size} virtual, "
-            f"context {parallel.context_parallel_size}, data {data_parallel_size(parallel, world_size)}, expert "
-            f"{parallel.expert_model_parallel_size}",
-        ),
+        ("layout", describe_layout(parallel, world_size)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Which modules the model is built of: megatron-core's, with our router, and our core attention without TE."""
+"""Which modules the model is built of: megatron-core's, with our router, and our attention and experts without TE."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -15,6 +17,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.distributed.accelerators import has_transformer_engine
 from megatron_moe.distributed.without_te import ReplicatedLinear
 from megatron_moe.model.attention import ScaledDotProductAttention
+from megatron_moe.model.experts import GroupedExperts
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.model.router import Router
 
@@ -55,8 +58,10 @@ def block_spec(
     for layer in spec.layer_specs:
         if within_documents:  # else Transformer Engine does not look at the mask
             layer.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
-        if hasattr(layer.submodules.mlp.submodules, "router"):
-            layer.submodules.mlp.submodules.router = router
+        if isinstance(moe := layer.submodules.mlp.submodules, MoESubmodules):
+            moe.router = router
+            if not with_te:
+                moe.experts = ModuleSpec(GroupedExperts)
     return spec
 
 

@@ -75,14 +75,14 @@ def bad_gradient(run: Any, value: float, *, reduced: bool = False) -> Iterator[N
 @contextmanager
 def bad_expert(run: Any, value: float) -> Iterator[None]:
     """One weight of whichever expert of this rank's last layer most tokens reach, so that some do."""
-    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron_moe.model.experts import GroupedExperts
 
-    *_, experts = (module for module in run.pipeline.model[-1].modules() if isinstance(module, SequentialMLP))
+    *_, experts = (module for module in run.pipeline.model[-1].modules() if isinstance(module, GroupedExperts))
     broken: dict[int, torch.Tensor] = {}
 
     def break_one(_: Any, arguments: tuple) -> None:
         index = int(arguments[1].argmax())
-        weight = experts.local_experts[index].linear_fc1.weight.data[0, :1]
+        weight = experts.weight1.data[index, 0, :1]
         if arguments[1][index] > 0 and index not in broken:
             broken[index] = weight.clone()
             weight.fill_(value)
@@ -92,7 +92,7 @@ def bad_expert(run: Any, value: float) -> Iterator[None]:
     hook.remove()
     assert broken
     for index, before in broken.items():
-        experts.local_experts[index].linear_fc1.weight.data[0, :1] = before
+        experts.weight1.data[index, 0, :1] = before
 
 
 @contextmanager

@@ -69,12 +69,10 @@ def count_on_meta(names: list[str]) -> dict[str, tuple[int, int]]:
             config = compose_config([f"model={name}"])
             mcore_config = transformer_config(config, grouped_gemm=False)
             (model,) = build_chunks(config, mcore_config, context.pg_collection, torch.device("meta"))
-            unused = [f".local_experts.{i}." for i in range(config.model.router_topk, config.model.num_experts)]
             sizes = {n: p.numel() for n, p in model.named_parameters() if p.is_meta}
-            counts[name] = (
-                sum(sizes.values()),
-                sum(size for n, size in sizes.items() if not any(u in n for u in unused)),
-            )
+            experts = sum(size for n, size in sizes.items() if ".experts." in n and "shared" not in n)
+            total, unused = sum(sizes.values()), config.model.num_experts - config.model.router_topk
+            counts[name] = total, total - experts // max(1, config.model.num_experts) * unused
     return counts
 
 

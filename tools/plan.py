@@ -27,9 +27,11 @@ from megatron_moe.config.errors import ConfigError, exit_code_of
 from megatron_moe.config.load import CONF_DIR, compose_plan
 from megatron_moe.config.schema import ParallelConfig, PlanConfig
 from megatron_moe.plan.estimate import FORMULAS, Plan, checked, estimate
-from megatron_moe.plan.hardware import measured
+from megatron_moe.plan.hardware import measured, of_a_rank
 from megatron_moe.plan.pipeline import layers_per_chunk
 from megatron_moe.plan.search import Found, Search, search
+from tools.planning.calibrate import calibrate
+from tools.planning.choices import new_choice
 
 GIB, GB = 2**30, 1e9
 WIDTH = 160
@@ -49,7 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="OPTION=VALUE", help="as pretrain.py takes them, and cluster")
     parser.add_argument("--search", action="store_true", help="layouts that fit, the fastest first")
-    parser.add_argument("--emit", metavar="NAME", help="with --search: write the fastest, for parallel=NAME")
+    parser.add_argument(
+        "--calibrate", metavar="RUN", type=Path, action="append", help="fit the cluster to a run's folder; repeatable"
+    )
+    parser.add_argument("--emit", metavar="NAME", help="write the fastest, for parallel=NAME, or the fitted cluster")
     parser.add_argument("--config-dir", type=Path, help="folder of further choices; --emit writes there")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with memory and a time line")
@@ -59,11 +64,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Plan, search or compare."""
-    if args.emit and not (args.search and args.config_dir):
-        raise ConfigError(f"--emit {args.emit}: needs --search, and --config-dir FOLDER to write to")
+    """Plan, search, calibrate or compare."""
+    if args.emit and not ((args.search or args.calibrate) and args.config_dir):
+        raise ConfigError(f"--emit {args.emit}: needs --search or --calibrate, and --config-dir FOLDER to write to")
     if args.published:
         print_published()
+    elif args.calibrate:
+        calibrate(composed(args).cluster, args)
     elif args.search:
         run_search(args)
     else:
@@ -110,15 +117,21 @@ def run_search(args: argparse.Namespace) -> None:
         emit(args, result.found[0])
 
 
-def load(args: argparse.Namespace) -> PlanConfig:
-    """The checked configuration, on this machine with its rates measured."""
+def composed(args: argparse.Namespace) -> PlanConfig:
+    """The configuration as it is written."""
     overrides = with_recipe(args.overrides)
     if args.config_dir and not args.config_dir.is_dir() and not args.emit:
         raise ConfigError(f"--config-dir {args.config_dir}: no such folder")
     if args.config_dir and args.config_dir.is_dir():
         overrides = [f"hydra.searchpath=['file://{args.config_dir.resolve()}']", *overrides]
-    config = compose_plan(overrides)
-    config.cluster = measured(config.cluster, config.cluster.num_gpus or required_world_size(config.parallel))
+    return compose_plan(overrides)
+
+
+def load(args: argparse.Namespace) -> PlanConfig:
+    """The checked configuration, on this machine with its rates measured."""
+    config = composed(args)
+    ranks = config.cluster.num_gpus or required_world_size(config.parallel)
+    config.cluster = of_a_rank(measured(config.cluster), ranks)
     return checked(config)
 
 
@@ -268,12 +281,9 @@ def print_search(config: PlanConfig, result: Search) -> None:
 
 def emit(args: argparse.Namespace, found: Found) -> None:
     """Write a layout as a choice of `parallel`, and say how to run it."""
-    path = args.config_dir / "parallel" / f"{args.emit}.yaml"
-    if (CONF_DIR / "parallel" / path.name).exists():
-        raise ConfigError(f"--emit {args.emit}: conf/parallel has a {path.name}, which would be taken; choose another")
+    path = new_choice(args.config_dir, "parallel", args.emit)
     default = ParallelConfig()
     chosen = {name: value for name, value in vars(found.config.parallel).items() if value != getattr(default, name)}
-    path.parent.mkdir(parents=True, exist_ok=True)
     title = f"# {found.config.model.name} on {found.config.cluster.num_gpus} x {found.config.cluster.name}, by a search"
     path.write_text("\n".join([title, *(f"{name}: {value}" for name, value in chosen.items())]) + "\n")
     options = [override for override in with_recipe(args.overrides) if not override.startswith(("cluster", "parallel"))]

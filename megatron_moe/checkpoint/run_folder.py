@@ -16,7 +16,7 @@ import yaml
 
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import from_plain
-from megatron_moe.config.schema import Config, ModelConfig
+from megatron_moe.config.schema import ClusterConfig, Config, ModelConfig
 
 PARTIAL = ".partial"  # being written
 REMOVED = ".removed"  # being removed
@@ -105,7 +105,7 @@ def saved_config(checkpoint: Path) -> Config:
         raise ConfigError(*(f"{file}: {problem}" for problem in error.problems)) from None
 
 
-def plain(config: Config | ModelConfig) -> dict[str, Any]:
+def plain(config: Config | ModelConfig | ClusterConfig) -> dict[str, Any]:
     """A configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=_enum_value))
 

@@ -23,7 +23,7 @@ from megatron_moe.plan.traffic import Traffic, data_parallel, stage_to_stage
 
 CHECKPOINT_BYTES = 2 + 12  # a parameter: bf16, and in fp32 the optimizer's copy and two moments
 SHARES = ("compute_efficiency", "memory_efficiency", "intra_node_efficiency", "inter_node_efficiency", "usable_memory")
-NOT_NEGATIVE = ("all_to_all_overlap", "data_parallel_overlap")
+OVERLAPS = ("all_to_all_overlap", "data_parallel_overlap")
 POSITIVE = (
     "gpus_per_node peak_flops memory_bytes memory_bandwidth intra_node_bandwidth inter_node_bandwidth "
     "storage_bandwidth gpu_mtbf_hours"
@@ -113,7 +113,8 @@ def _cluster_problems(config: PlanConfig) -> list[str]:
     ranges = {
         "must be positive": (POSITIVE.split(), lambda value: value > 0),
         "must be above 0 and at most 1": (SHARES, lambda value: 0 < value <= 1),
-        "must be from 0 to 1": (NOT_NEGATIVE, lambda value: 0 <= value <= 1),
+        "must not be negative": (("layer_overhead_s",), lambda value: value >= 0),
+        "must be from 0 to 1": (OVERLAPS, lambda value: 0 <= value <= 1),
         "must be at least 1": (("num_gpus", "expert_imbalance"), lambda value: value >= 1),
     }
     problems = [
@@ -219,7 +220,7 @@ class Formula:
     inputs: tuple[str, ...] = ()
 
 
-RATES = ("compute_efficiency", "intra_node_efficiency", "inter_node_efficiency", "expert_imbalance")
+RATES = ("compute_efficiency", "layer_overhead_s", "intra_node_efficiency", "inter_node_efficiency", "expert_imbalance")
 ALL_RATES = (*RATES, "memory_efficiency", "all_to_all_overlap", "data_parallel_overlap")
 FORMULAS = {
     "parameters": Formula("sizes of all tensors; on a rank cut over TP, routed experts over EP x ETP"),
@@ -240,7 +241,7 @@ FORMULAS = {
     "pipeline": Formula("2 bytes (fp32: 4) x hidden a token, forward and backward, from stage to stage"),
     "bubble": Formula("simulated; (p - 1) / (v m) where all stages take as long", RATES),
     "step time": Formula(
-        "simulated passes of FLOPs / reached peak + bytes / reached bandwidth; then the rest", ALL_RATES
+        "simulated passes of FLOPs / reached peak + overhead + bytes / reached bandwidth; then the rest", ALL_RATES
     ),
     "speed": Formula("tokens of a step / its time / GPUs; MFU: x FLOPs a token / peak", ALL_RATES),
     "run": Formula("tokens / speed, without pauses", ALL_RATES),

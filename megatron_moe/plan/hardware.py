@@ -34,16 +34,26 @@ def _peaks() -> dict[str, float]:
     return {words: cluster.peak_flops for cluster in clusters for words in cluster.device_names}
 
 
-def measured(cluster: ClusterConfig, ranks: int) -> ClusterConfig:
-    """The cluster with what it leaves open measured on this machine, which `ranks` share."""
+SHARED = ("peak_flops", "memory_bytes", "memory_bandwidth", "intra_node_bandwidth")
+
+
+def measured(cluster: ClusterConfig) -> ClusterConfig:
+    """The cluster with what it leaves open measured on this machine."""
     measures: dict[str, Callable[[], float]] = {
         "peak_flops": _product_rate,
-        "memory_bytes": lambda: os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": lambda: float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
         "memory_bandwidth": lambda: 2 * _copy_rate(),  # read and written
         "intra_node_bandwidth": _copy_rate,  # gloo copies through memory
     }
-    rates = {name: measure() / ranks for name, measure in measures.items() if getattr(cluster, name) is None}
+    rates = {name: measure() for name, measure in measures.items() if getattr(cluster, name) is None}
     return dataclasses.replace(cluster, **rates)
+
+
+def of_a_rank(cluster: ClusterConfig, ranks: int) -> ClusterConfig:
+    """A rank's part of what `ranks` share."""
+    if not cluster.shared:
+        return cluster
+    return dataclasses.replace(cluster, shared=False, **{name: getattr(cluster, name) / ranks for name in SHARED})
 
 
 def _product_rate() -> float:

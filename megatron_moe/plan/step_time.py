@@ -30,6 +30,7 @@ class PassTime:
     """Seconds of a pass of one micro batch through the layers of a chunk, by what for."""
 
     compute: float
+    overhead: float
     all_to_all: float
     tensor: float
     context: float
@@ -37,7 +38,7 @@ class PassTime:
     @property
     def total(self) -> float:
         """All."""
-        return self.compute + self.all_to_all + self.tensor + self.context
+        return self.compute + self.overhead + self.all_to_all + self.tensor + self.context
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class StepModel:
         traffic = self.pass_traffic(layers, backward=backward)
         return PassTime(
             compute=work / (cluster.peak_flops * cluster.compute_efficiency),
+            overhead=(layers.dense + layers.moe) * cluster.layer_overhead_s * (2 if backward else 1),
             all_to_all=seconds(cluster, traffic.all_to_all) * (1 - cluster.all_to_all_overlap),
             tensor=seconds(cluster, traffic.tensor),
             context=seconds(cluster, traffic.context),

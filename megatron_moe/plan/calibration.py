@@ -1,0 +1,112 @@
+"""The inputs of the step's time that fit measured runs. Pure; imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_moe.config.schema import ClusterConfig, Config, PlanConfig
+from megatron_moe.plan.hardware import of_a_rank
+from megatron_moe.plan.step_time import StepModel
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a run measured, in seconds a step.
+
+    Attributes:
+        config: of the run.
+        world_size: its ranks.
+        step: all of it.
+        passes: forward and backward, what is sent meanwhile included.
+        all_to_all: what of this is dispatch and combine.
+        update: what follows the passes.
+    """
+
+    config: Config
+    world_size: int
+    step: float
+    passes: float
+    all_to_all: float
+    update: float
+
+
+def calibrated(cluster: ClusterConfig, runs: list[Measurement]) -> ClusterConfig:
+    """The cluster with the inputs that bring the estimates nearest to what runs measured.
+
+    Each part of the step gives its own: the update `memory_efficiency`; dispatch and combine, waiting included, the
+    efficiency of the links that they use; and the passes `compute_efficiency` and, if the runs differ in their micro
+    batches, `layer_overhead_s`. Shares stay at most 1. Parts that no run has leave their input as it is.
+
+    Args:
+        cluster: with all rates.
+        runs: of one or more layouts on it.
+    """
+    fitted = {"memory_efficiency": _share([(_update(run, cluster), run.update) for run in runs])}
+    cluster = dataclasses.replace(cluster, **fitted)
+    sending = [run for run in runs if run.all_to_all > 0 and _all_to_all(run, cluster) > 0]
+    if sending:
+        link = _link(sending, cluster)
+        fitted[link] = _share([(_all_to_all(run, cluster) * getattr(cluster, link), run.all_to_all) for run in sending])
+        cluster = dataclasses.replace(cluster, **{link: fitted[link]})
+    fitted |= _passes(cluster, runs)
+    return dataclasses.replace(cluster, **fitted, calibrated=sorted(fitted))
+
+
+def predicted(run: Measurement, cluster: ClusterConfig) -> float:
+    """Seconds of a run's step."""
+    model = _model(run, cluster)
+    return model.step(model.pipeline_s()).total
+
+
+def _model(run: Measurement, cluster: ClusterConfig, **changes: float) -> StepModel:
+    """Of the run's layout, with other inputs."""
+    cluster = dataclasses.replace(of_a_rank(cluster, run.world_size), **changes)
+    return StepModel(PlanConfig(**vars(run.config), cluster=cluster), run.world_size)
+
+
+def _update(run: Measurement, cluster: ClusterConfig) -> float:
+    return _model(run, cluster, memory_efficiency=1.0).step(0.0).optimizer
+
+
+def _all_to_all(run: Measurement, cluster: ClusterConfig) -> float:
+    """Of the stage that sends most."""
+    model = _model(run, cluster)
+    return model.micro_batches * max(
+        sum(model.pass_time(layers, backward=kind).all_to_all for layers in chunks for kind in (False, True))
+        for chunks in model.chunks
+    )
+
+
+def _link(runs: list[Measurement], cluster: ClusterConfig) -> str:
+    """The efficiency that all-to-alls tell of: between nodes, where they leave one."""
+    leaves = any(_model(run, cluster).groups.expert.per_node < _model(run, cluster).groups.expert.size for run in runs)
+    return "inter_node_efficiency" if leaves else "intra_node_efficiency"
+
+
+def _share(pairs: list[tuple[float, float]]) -> float:
+    """Median of the seconds at full rate over the measured ones."""
+    return min(1.0, float(np.median([ideal / measured for ideal, measured in pairs])))
+
+
+def _passes(cluster: ClusterConfig, runs: list[Measurement]) -> dict[str, float]:
+    """Least squares of relative errors; the passes' time is linear in both inputs but for which stage is slowest."""
+    silent = {"intra_node_bandwidth": math.inf, "inter_node_bandwidth": math.inf}
+    rows = []
+    for run in runs:
+        no_layers = {"peak_flops": math.inf, "layer_overhead_s": 0.0}
+        sent = _model(run, cluster, **no_layers)
+        others = sent.pipeline_s() + sent.step(0.0).data_parallel
+        work = _model(run, cluster, **silent, compute_efficiency=1.0, layer_overhead_s=0.0).pipeline_s()
+        layers = _model(run, cluster, **silent, peak_flops=math.inf, layer_overhead_s=1.0).pipeline_s()
+        rows.append(np.array([work, layers, max(run.passes - others, 0.1 * run.passes)]) / run.passes)
+    work, layers, measured = np.array(rows).T
+    if len({run.config.train.micro_batch_size * run.config.data.sequence_length for run in runs}) > 1:
+        (slowness, overhead), *_ = np.linalg.lstsq(np.stack((work, layers), axis=1), measured)
+        if overhead > 0 and slowness > 0:
+            return {"compute_efficiency": min(1.0, 1 / slowness), "layer_overhead_s": float(overhead)}
+    rest = np.maximum(measured - layers * cluster.layer_overhead_s, 0.1 * measured)
+    return {"compute_efficiency": min(1.0, float(work @ work / (work @ rest)))}

@@ -164,7 +164,8 @@ def facts(config: PlanConfig, plan: Plan) -> Iterator[tuple[str, str, str]]:
         if traffic.total:
             sent = f"{traffic.inside / GB:,.1f} GB inside nodes, {traffic.between / GB:,.1f} GB between"
             yield f"{name.replace('_', '-')} traffic a step", sent, name
-    yield "bubble, slowest stage", f"{plan.bubble:.1%} of its busy time", "bubble"
+    other = "" if plan.zero_bubble is None else f"; {plan.zero_bubble:.1%} with zero-bubble, not in megatron-core"
+    yield "bubble, slowest stage", f"{plan.bubble:.1%} of its busy time{other}", "bubble"
     busy = ", ".join(f"{name.replace('_', '-')} {time:.3g}" for name, time in plan.busy.items() if time)
     step = plan.step
     yield (

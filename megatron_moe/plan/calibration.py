@@ -12,6 +12,9 @@ from megatron_moe.config.schema import ClusterConfig, Config, PlanConfig
 from megatron_moe.plan.hardware import of_a_rank
 from megatron_moe.plan.step_time import StepModel
 
+LINKS = ("intra_node", "inter_node")
+GRID = 60
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -38,8 +41,9 @@ def calibrated(cluster: ClusterConfig, runs: list[Measurement]) -> ClusterConfig
     """The cluster with the inputs that bring the estimates nearest to what runs measured.
 
     Each part of the step gives its own: the update `memory_efficiency`; dispatch and combine, waiting included, the
-    efficiency of the links that they use; and the passes `compute_efficiency` and, if the runs differ in their micro
-    batches, `layer_overhead_s`. Shares stay at most 1. Parts that no run has leave their input as it is.
+    efficiency of the links that they use; and the passes `compute_efficiency` and `layer_overhead_s`, in the proportion
+    that the cluster has unless the runs differ in the tokens of a micro batch. Shares stay at most 1. Parts that no run
+    has leave their input as it is.
 
     Args:
         cluster: with all rates.
@@ -93,20 +97,24 @@ def _share(pairs: list[tuple[float, float]]) -> float:
 
 
 def _passes(cluster: ClusterConfig, runs: list[Measurement]) -> dict[str, float]:
-    """Least squares of relative errors; the passes' time is linear in both inputs but for which stage is slowest."""
-    silent = {"intra_node_bandwidth": math.inf, "inter_node_bandwidth": math.inf}
-    rows = []
-    for run in runs:
-        no_layers = {"peak_flops": math.inf, "layer_overhead_s": 0.0}
-        sent = _model(run, cluster, **no_layers)
-        others = sent.pipeline_s() + sent.step(0.0).data_parallel
-        work = _model(run, cluster, **silent, compute_efficiency=1.0, layer_overhead_s=0.0).pipeline_s()
-        layers = _model(run, cluster, **silent, peak_flops=math.inf, layer_overhead_s=1.0).pipeline_s()
-        rows.append(np.array([work, layers, max(run.passes - others, 0.1 * run.passes)]) / run.passes)
-    work, layers, measured = np.array(rows).T
-    if len({run.config.train.micro_batch_size * run.config.data.sequence_length for run in runs}) > 1:
-        (slowness, overhead), *_ = np.linalg.lstsq(np.stack((work, layers), axis=1), measured)
-        if overhead > 0 and slowness > 0:
-            return {"compute_efficiency": min(1.0, 1 / slowness), "layer_overhead_s": float(overhead)}
-    rest = np.maximum(measured - layers * cluster.layer_overhead_s, 0.1 * measured)
-    return {"compute_efficiency": min(1.0, float(work @ work / (work @ rest)))}
+    """Of all `compute_efficiency`, and of the overheads that suit each best, those with the least relative errors."""
+    sizes = {run.config.train.micro_batch_size * run.config.data.sequence_length for run in runs}
+    measured = np.array([run.passes for run in runs])
+    silent = {"peak_flops": math.inf, "memory_bandwidth": math.inf, **{f"{link}_bandwidth": math.inf for link in LINKS}}
+    layers = np.array([_model(run, cluster, **silent, layer_overhead_s=1.0).pipeline_s() for run in runs]) / measured
+
+    def error_and_inputs(efficiency: float) -> tuple[float, dict[str, float]]:
+        times = [_model(run, cluster, compute_efficiency=efficiency, layer_overhead_s=0.0) for run in runs]
+        left = 1 - np.array([model.pipeline_s() + model.step(0.0).data_parallel for model in times]) / measured
+        if len(sizes) > 1:
+            overhead = max(0.0, float(layers @ left / (layers @ layers)))
+        else:
+            overhead = cluster.layer_overhead_s * cluster.compute_efficiency / efficiency
+        fitted = {"compute_efficiency": efficiency, "layer_overhead_s": overhead}
+        return float(np.square(left - overhead * layers).sum()), fitted
+
+    best = 1 / 30
+    for width in (30.0, 1.15, 1.006):  # of what is searched, as a factor
+        choices = np.minimum(1.0, best * np.geomspace(1 / width, width, GRID))
+        best = min(choices.tolist(), key=lambda efficiency: error_and_inputs(efficiency)[0])
+    return error_and_inputs(best)[1]

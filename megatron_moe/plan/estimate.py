@@ -54,6 +54,8 @@ class Plan:
         traffic: what a rank sends in a step, of the stage that sends most, by what for.
         busy: seconds in a step of the slowest stage's passes, by what for.
         bubble: idle time while the passes last, over the busy time, of the slowest stage.
+        zero_bubble: the same idle time if gradients of weights waited (ZB-H1, which megatron-core does not have); None
+            where there is one stage, or several virtual ones.
         step: its seconds.
         timeline: of the passes of each stage.
         tokens: of the whole run.
@@ -72,6 +74,7 @@ class Plan:
     traffic: dict[str, Traffic]
     busy: dict[str, float]
     bubble: float
+    zero_bubble: float | None
     step: Step
     timeline: Timeline
     tokens: float
@@ -148,6 +151,7 @@ def estimate(config: PlanConfig) -> Plan:
     timeline = times.timeline()
     step = times.step(max(slots[-1].stop for slots in timeline))
     slowest = max(range(times.stages), key=times.stage_seconds)
+    has_zero_bubble = times.stages > 1 and times.virtual == 1
     flops = model_flops_per_token(model, length)
     speed = config.train.global_batch_size * length / step.total / num_gpus
     return Plan(
@@ -161,6 +165,7 @@ def estimate(config: PlanConfig) -> Plan:
         traffic=_traffic(times),
         busy=_busy(times, slowest),
         bubble=bubble(timeline)[slowest],
+        zero_bubble=bubble(times.timeline(zero_bubble=True))[slowest] if has_zero_bubble else None,
         step=step,
         timeline=timeline,
         tokens=samples_before(config, config.train.train_steps) * length,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from megatron_moe.config.schema import PlanConfig
 from megatron_moe.plan.flops import forward_flops
-from megatron_moe.plan.memory import most_micro_batches, optimizer_share, tokens_of_rank
+from megatron_moe.plan.memory import STATE_BYTES, most_micro_batches, optimizer_share, tokens_of_rank
 from megatron_moe.plan.params import rank_params
 from megatron_moe.plan.pipeline import Layers, chunks_by_stage
 from megatron_moe.plan.schedule import Kind, Pass, Timeline, one_forward_one_backward, simulate
+from megatron_moe.plan.schedule import zero_bubble as zero_bubble_order
 from megatron_moe.plan.traffic import (
     Groups,
     PassTraffic,
@@ -90,16 +91,26 @@ class StepModel:
         """Of a chunk with these layers on the rank with the fullest experts; all others wait for it."""
         cluster = self.cluster
         flops = forward_flops(self.config.model, layers, self.config.data.sequence_length)
-        forward = tokens_of_rank(self.config) * (flops.rest + imbalance(self.config) * flops.routed)
-        work = 2 * forward if backward else forward
+        rate = cluster.peak_flops * cluster.compute_efficiency / (tokens_of_rank(self.config) * (2 if backward else 1))
+        routed = max(imbalance(self.config) * flops.routed / rate, self._expert_weights_s(layers, backward=backward))
         traffic = self.pass_traffic(layers, backward=backward)
         return PassTime(
-            compute=work / (cluster.peak_flops * cluster.compute_efficiency),
+            compute=flops.rest / rate + routed,
             overhead=(layers.dense + layers.moe) * cluster.layer_overhead_s * (2 if backward else 1),
             all_to_all=seconds(cluster, traffic.all_to_all) * (1 - cluster.all_to_all_overlap),
             tensor=seconds(cluster, traffic.tensor),
             context=seconds(cluster, traffic.context),
         )
+
+    def _expert_weights_s(self, layers: Layers, *, backward: bool) -> float:
+        """Of reading the routed experts' weights and, backward, adding to their gradients: the least that they take.
+
+        Other matrices meet enough tokens.
+        """
+        state = STATE_BYTES[self.config.precision.dtype]
+        params = rank_params(self.config.model, self.config.parallel, layers).experts
+        moved = params * (state.weight + (2 * state.gradient if backward else 0))
+        return moved / (self.cluster.memory_bandwidth * self.cluster.memory_efficiency)
 
     def pass_traffic(self, layers: Layers, *, backward: bool) -> PassTraffic:
         """Of the same rank."""
@@ -131,14 +142,25 @@ class StepModel:
         rounds = [(sum(stages[stage:]) + transfers[stage]) / (self.stages - stage) for stage in range(self.stages)]
         return sum(stages) + transfers[0] + (self.micro_batches - 1) * max(*stages, *rounds)
 
-    def timeline(self) -> Timeline:
-        """Of all passes, simulated."""
+    def timeline(self, *, zero_bubble: bool = False) -> Timeline:
+        """Of all passes, simulated; with `zero_bubble`, half of what a backward pass computes is a pass of its own.
+
+        Raises:
+            ValueError: zero-bubble with several virtual stages.
+        """
+        if zero_bubble and self.virtual > 1:
+            raise ValueError("the zero-bubble schedule has one virtual stage")
 
         def duration(stage: int, task: Pass) -> float:
-            backward = task.kind is Kind.backward
-            return self.pass_time(self.chunks[stage][task.chunk], backward=backward).total
+            time = self.pass_time(self.chunks[stage][task.chunk], backward=task.kind is not Kind.forward)
+            if not zero_bubble or task.kind is Kind.forward:
+                return time.total
+            return time.compute / 2 if task.kind is Kind.weight else time.total - time.compute / 2
 
-        orders = one_forward_one_backward(self.stages, self.virtual, self.micro_batches)
+        if zero_bubble:
+            orders = zero_bubble_order(self.stages, self.micro_batches)
+        else:
+            orders = one_forward_one_backward(self.stages, self.virtual, self.micro_batches)
         return simulate(orders, duration, transfer_s=self.transfer_s())
 
     def step(self, pipeline_s: float) -> Step:

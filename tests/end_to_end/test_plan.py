@@ -82,7 +82,7 @@ def test_this_machine_is_measured(tmp_path: Path) -> None:
         (["cluster.expert_imbalance=0.5", "precision=bf16"], "cluster.expert_imbalance=0.5: must be at least 1"),
         (["cluster.all_to_all_overlap=-1", "precision=bf16"], "cluster.all_to_all_overlap=-1"),
         (["--search", "precision=bf16"], "cluster.num_gpus=null: must be given with --search"),
-        (["--emit", "x"], "--emit x: needs --search, and --config-dir FOLDER"),
+        (["--emit", "x"], "--emit x: needs --search or --calibrate, and --config-dir FOLDER"),
         (
             ["--search", "experiment=deepseekmoe_2b", "cluster.num_gpus=1", "--emit", "pp2", "--config-dir", "x"],
             "choose another",

@@ -14,6 +14,7 @@ from megatron_moe.plan.hardware import of_a_rank
 from megatron_moe.plan.step_time import StepModel
 from tests.helpers.cli import run_cli
 from tests.helpers.report_runs import write_run
+from tools import plan
 
 RATES = ["peak_flops=2e11", "memory_bytes=2e10", "memory_bandwidth=1.5e10", "intra_node_bandwidth=6e9"]
 SET = {"compute_efficiency": 0.3, "layer_overhead_s": 0.005, "memory_efficiency": 0.4, "intra_node_efficiency": 0.2}
@@ -50,11 +51,14 @@ def test_two_sizes_of_micro_batches_give_all_inputs(layout: str) -> None:
     assert predicted(other, fitted) == pytest.approx(other.step, rel=0.01)
 
 
-def test_one_run_keeps_the_overhead() -> None:
-    real = cluster(compute_efficiency=0.3)
-    fitted = calibrated(cluster(), [made_up(real, "parallel=ep2")])
-    assert fitted.compute_efficiency == pytest.approx(0.3)
-    assert "layer_overhead_s" not in fitted.calibrated
+def test_one_run_keeps_the_proportion() -> None:
+    before = cluster()
+    twice_as_slow = {
+        "compute_efficiency": before.compute_efficiency / 2,
+        "layer_overhead_s": 2 * before.layer_overhead_s,
+    }
+    fitted = calibrated(before, [made_up(cluster(**twice_as_slow), "parallel=ep2")])
+    assert {name: getattr(fitted, name) for name in twice_as_slow} == pytest.approx(twice_as_slow, rel=1e-3)
 
 
 def test_shares_stay_at_most_one() -> None:
@@ -109,8 +113,15 @@ def test_what_is_fitted_is_written_and_taken(tmp_path: Path) -> None:
         (["cluster=cpu", "--calibrate", "nowhere"], logged(1.0), "nowhere"),
     ],
 )
-def test_what_cannot_be(tmp_path: Path, options: list[str], lines: list, text: str) -> None:
+def test_what_cannot_be(
+    tmp_path: Path,
+    options: list[str],
+    lines: list,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run", lines=lines)
-    result = run_cli("tools/plan.py", "--calibrate", "run", *options, cwd=tmp_path)
-    assert result.returncode == 2, result.stdout
-    assert text in result.stderr
+    assert plan.main(["--calibrate", "run", *options, *(f"cluster.{rate}" for rate in RATES)]) == 2
+    assert text in capsys.readouterr().err

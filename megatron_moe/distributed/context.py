@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron_moe.config.derived import expert_tensor_parallel_size
 from megatron_moe.config.errors import ConfigError, Preempted
 from megatron_moe.config.schema import ParallelConfig
-from megatron_moe.distributed import cpu, deterministic, launch, without_te
+from megatron_moe.distributed import cpu, deterministic, in_place, launch, without_te
 from megatron_moe.distributed.accelerators import has_transformer_engine
 
 T = TypeVar("T")
@@ -112,6 +112,7 @@ def _local_device() -> torch.device:
     started_here = launch.PARENT in os.environ
     if gpus == 0 or (gpus < ranks and started_here):
         cpu.install()
+        in_place.install()
         return cpu.CPU
     if 1 < gpus < ranks:
         raise ConfigError(f"{ranks} ranks on this node see {gpus} GPUs: start one rank per GPU, or none sees a GPU")

@@ -43,6 +43,7 @@ from megatron_moe.distributed.failures import (
     record_exit_code,
     record_failure,
 )
+from megatron_moe.files import may_pass
 
 AUTO_RESTART = "--auto-restart"
 
@@ -129,6 +130,8 @@ def make_run_folder(config: Config) -> None:
     try:
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if may_pass(error):
+            raise
         raise ConfigError(f"run.dir={config.run.dir}: cannot be made: {error.strerror}") from None
 
 

@@ -151,31 +151,28 @@ def wait_for(path: Path, log: Callable[[], str]) -> None:
     wait_until(path.exists, PATIENCE_S, log)
 
 
-def test_a_run_is_stopped_killed_and_cancelled_and_goes_on_as_one_that_was_not(
+def test_a_run_is_killed_and_stopped_and_goes_on_as_one_that_was_not(
     cluster: Cluster, holding: Path, reference: list[dict[str, Any]]
 ) -> None:
-    """Told to save, as before a time limit; then its last rank is killed; then scancel. Strange notes, and secrets."""
+    """Its last rank is killed; then it is told to save, and not to come back. Strange notes, and secrets."""
     run = holding / "runs" / "cut"
     script = ["slurm/pretrain.sbatch", *RUN, STEPS, LAYOUT, "run.name=cut", f"run.notes='{NOTES}'"]
     options = ["--nodes=2", f"--job-name={NOTES}"]
-    job = cluster.submit(*options, *script, cwd=holding, HOLD="3 8 11", **SECRETS)
+    job = cluster.submit(*options, *script, cwd=holding, HOLD="8 11", **SECRETS)
     wait_for(run / "held_0", lambda: log_of(holding, job))
-    cluster.call("scancel", "--signal=USR1", str(job))
-    wait_for(run / "held_1", lambda: log_of(holding, job))
     (victim,) = cluster.processes(SLURMD_NODENAME="n2", LOCAL_RANK="1")
     victim.kill()
-    wait_for(run / "held_2", lambda: log_of(holding, job))
-    cluster.call("scancel", str(job))
+    wait_for(run / "held_1", lambda: log_of(holding, job))
+    cluster.call("scontrol", "update", f"JobId={job}", "Requeue=0")
+    cluster.call("scancel", "--signal=USR1", str(job))
     fields = cluster.wait(job, PATIENCE_S)
 
-    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "2")
+    assert (fields["ExitCode"], fields["Restarts"]) == ("75:0", "1")
     assert said(holding, job) == [
         f"0: 2 nodes of 2 ranks, runs/cut from step 0, logs in runs/cut/logs/{job}.0",
-        "0: saved at step 3; requeued",
-        f"1: 2 nodes of 2 ranks, runs/cut from step 3, logs in runs/cut/logs/{job}.1",
-        "1: failed after step 5; requeued",
-        f"2: 2 nodes of 2 ranks, runs/cut from step 5, logs in runs/cut/logs/{job}.2",
-        "2: saved at step 11; ended by scancel or by Slurm",
+        "0: failed after step 5; requeued",
+        f"1: 2 nodes of 2 ranks, runs/cut from step 5, logs in runs/cut/logs/{job}.1",
+        "1: saved at step 11; not requeued, the same command goes on",
     ]
     wait_until(lambda: not cluster.processes(SLURM_JOB_ID=str(job)), 5, lambda: str(cluster.processes()))
     assert re.search(r"^srun: error: n[12]: task [01]: ", log_of(holding, job), flags=re.MULTILINE)
@@ -185,9 +182,9 @@ def test_a_run_is_stopped_killed_and_cancelled_and_goes_on_as_one_that_was_not(
         assert files_with(secret, holding) == []
 
     rank_0 = (run / "logs" / "rank_0.log").read_text()
-    assert rank_0.count("layout    4 ranks: tensor 1, pipeline 2 x 1 virtual, context 1, data 2, expert 2") == 3
+    assert rank_0.count("layout    4 ranks: tensor 1, pipeline 2 x 1 virtual, context 1, data 2, expert 2") == 2
     assert "Traceback" not in rank_0
-    assert sorted(path.name for path in (run / "logs" / f"{job}.2").iterdir()) == [
+    assert sorted(path.name for path in (run / "logs" / f"{job}.1").iterdir()) == [
         "exit_codes",
         "n1.log",
         "n2.log",
@@ -265,6 +262,11 @@ def train_here(config, overrides):
     for word in config.run.notes.split("+")[attempt].split("_"):
         if word == "gpus":
             (run / f"gpus_{os.environ['RANK']}").write_text(os.environ["SLURM_GPUS_ON_NODE"])
+        elif word == "ask":
+            signals.install()
+            (run / "asks").touch()
+            while not signals.stop_requested():
+                time.sleep(0.01)
         elif word.isdecimal():
             (run / "checkpoints" / f"step_{int(word):08}").mkdir(parents=True)
         elif word == "preempted":
@@ -300,7 +302,6 @@ def test_attempts_without_a_new_checkpoint_come_to_an_end(cluster: Cluster, stan
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1")
     assert (fields["NodeList"], fields["ExcNodeList"]) == ("n2", "n1")
     assert said(stand_in, job) == [
-        f"0: 1 nodes of 1 ranks, runs/played from step 0, logs in runs/played/logs/{job}.0",
         "0: asked to stop before the ranks started; requeued",
         f"1: 1 nodes of 1 ranks, runs/played from step 0, logs in runs/played/logs/{job}.1",
         "1: attempts without a new checkpoint: 2, not started again",
@@ -319,10 +320,14 @@ def test_what_would_come_again_is_not_requeued(cluster: Cluster, stand_in: Path)
     assert "error: model.num_layer=3: Key 'num_layer' not in 'ModelConfig'" in log_of(stand_in, wrong)
 
 
-def test_a_job_that_may_not_be_requeued_says_so(cluster: Cluster, stand_in: Path) -> None:
-    job = play(cluster, stand_in, "4_preempted", "--no-requeue")
-    assert cluster.wait(job, PATIENCE_S)["ExitCode"] == "75:0"
-    assert said(stand_in, job)[-1] == "0: saved at step 4; not requeued, the same command goes on"
+def test_a_cancelled_job_saves_and_leaves_nothing(cluster: Cluster, stand_in: Path) -> None:
+    job = play(cluster, stand_in, "ask_4_preempted")
+    wait_for(stand_in / "runs" / "played" / "asks", lambda: log_of(stand_in, job))
+    cluster.call("scancel", str(job))
+    fields = cluster.wait(job, PATIENCE_S)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
+    assert said(stand_in, job)[-1] == "0: saved at step 4; ended by scancel or by Slurm"
+    wait_until(lambda: not cluster.processes(SLURM_JOB_ID=str(job)), 5, lambda: str(cluster.processes()))
 
 
 def test_a_chain_goes_on_and_ends_with_the_run(cluster: Cluster, stand_in: Path) -> None:

@@ -93,58 +93,15 @@ def said(project: Path, job: int | str) -> list[str]:
     return re.findall(r"^[\d-]{10} [\d:]{8} job \d+\.(\d+: .*)$", log_of(project, job), flags=re.MULTILINE)
 
 
-# --- Real runs, which wait in an attempt before a step for what a test does then: HOLD has the steps, by attempt
-
-PRELUDE = f"""
-import importlib.util
-import os
-import signal
-import time
-from pathlib import Path
-
-spec = importlib.util.spec_from_file_location("real", "{ROOT}/pretrain.py")
-real = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(real)
-globals().update({{name: value for name, value in vars(real).items() if not name.startswith("__")}})
-really_train_here = train_here
-"""
-END = """
-
-real.train_here = train_here
-if __name__ == "__main__":
-    real.main()
-"""
-HOLDING = """
-def train_here(config, overrides):
-    from megatron_moe.train import loop
-
-    attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    hold = [int(step) for step in os.environ["HOLD"].split()][attempt:]
-    really_step = loop._step
-
-    def step(run, *arguments):
-        if run.context.rank == 3 and hold and run.state.step + 1 == hold[0]:
-            Path(config.run.dir, f"held_{attempt}").touch()
-            while not signals.stop_requested():
-                time.sleep(0.01)
-        return really_step(run, *arguments)
-
-    loop._step = step
-    really_train_here(config, overrides)
-"""
-
-
-def folder_with(folder: Path, training: str) -> Path:
-    """To submit from, with a pretrain.py that trains in another way."""
-    shutil.copytree(ROOT / "slurm", folder / "slurm")
-    (folder / "pretrain.py").write_text(PRELUDE + training + END)
-    return folder
+# --- Real runs
 
 
 @pytest.fixture
-def holding(tmp_path: Path) -> Path:
-    """A folder to submit from, in which the last rank holds the training up."""
-    return folder_with(tmp_path, HOLDING)
+def played(tmp_path: Path) -> Path:
+    """A folder to submit from, with another pretrain.py (tests/helpers/played_training.py)."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    shutil.copy(ROOT / "tests" / "helpers" / "played_training.py", tmp_path / "pretrain.py")
+    return tmp_path
 
 
 def wait_for(path: Path, log: Callable[[], str]) -> None:
@@ -152,34 +109,34 @@ def wait_for(path: Path, log: Callable[[], str]) -> None:
 
 
 def test_a_run_is_killed_and_stopped_and_goes_on_as_one_that_was_not(
-    cluster: Cluster, holding: Path, reference: list[dict[str, Any]]
+    cluster: Cluster, played: Path, reference: list[dict[str, Any]]
 ) -> None:
     """Its last rank is killed; then it is told to save, and not to come back. Strange notes, and secrets."""
-    run = holding / "runs" / "cut"
+    run = played / "runs" / "cut"
     script = ["slurm/pretrain.sbatch", *RUN, STEPS, LAYOUT, "run.name=cut", f"run.notes='{NOTES}'"]
     options = ["--nodes=2", f"--job-name={NOTES}"]
-    job = cluster.submit(*options, *script, cwd=holding, HOLD="8 11", **SECRETS)
-    wait_for(run / "held_0", lambda: log_of(holding, job))
+    job = cluster.submit(*options, *script, cwd=played, HOLD="8 11", **SECRETS)
+    wait_for(run / "held_0", lambda: log_of(played, job))
     (victim,) = cluster.processes(SLURMD_NODENAME="n2", LOCAL_RANK="1")
     victim.kill()
-    wait_for(run / "held_1", lambda: log_of(holding, job))
+    wait_for(run / "held_1", lambda: log_of(played, job))
     cluster.call("scontrol", "update", f"JobId={job}", "Requeue=0")
     cluster.call("scancel", "--signal=USR1", str(job))
     fields = cluster.wait(job, PATIENCE_S)
 
     assert (fields["ExitCode"], fields["Restarts"]) == ("75:0", "1")
-    assert said(holding, job) == [
+    assert said(played, job) == [
         f"0: 2 nodes of 2 ranks, runs/cut from step 0, logs in runs/cut/logs/{job}.0",
         "0: failed after step 5; requeued",
         f"1: 2 nodes of 2 ranks, runs/cut from step 5, logs in runs/cut/logs/{job}.1",
         "1: saved at step 11; not requeued, the same command goes on",
     ]
     wait_until(lambda: not cluster.processes(SLURM_JOB_ID=str(job)), 5, lambda: str(cluster.processes()))
-    assert re.search(r"^srun: error: n[12]: task [01]: ", log_of(holding, job), flags=re.MULTILINE)
+    assert re.search(r"^srun: error: n[12]: task [01]: ", log_of(played, job), flags=re.MULTILINE)
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["notes"] == NOTES
-    assert not list(holding.rglob("hacked"))
+    assert not list(played.rglob("hacked"))
     for secret in SECRETS.values():
-        assert files_with(secret, holding) == []
+        assert files_with(secret, played) == []
 
     rank_0 = (run / "logs" / "rank_0.log").read_text()
     assert rank_0.count("layout    4 ranks: tensor 1, pipeline 2 x 1 virtual, context 1, data 2, expert 2") == 2
@@ -231,12 +188,12 @@ def kill_node(cluster: Cluster) -> None:
 @pytest.mark.soak("kills on Slurm")
 @pytest.mark.parametrize("kill", [kill_torchrun, kill_step, kill_node])
 def test_what_is_killed_on_a_node_comes_back(
-    kill: Any, cluster: Cluster, holding: Path, reference: list[dict[str, Any]]
+    kill: Any, cluster: Cluster, played: Path, reference: list[dict[str, Any]]
 ) -> None:
     script = ["slurm/pretrain.sbatch", *RUN, STEPS, LAYOUT, "run.name=cut"]
-    job = cluster.submit("--nodes=2", *script, cwd=holding, HOLD="8")
-    run = holding / "runs" / "cut"
-    wait_for(run / "held_0", lambda: log_of(holding, job))
+    job = cluster.submit("--nodes=2", *script, cwd=played, HOLD="8")
+    run = played / "runs" / "cut"
+    wait_for(run / "held_0", lambda: log_of(played, job))
     kill(cluster)
     wait_until(lambda: cluster.fields(job)["Restarts"] == "1", PATIENCE_S, lambda: str(cluster.fields(job)))
     if kill is kill_node:
@@ -245,46 +202,7 @@ def test_what_is_killed_on_a_node_comes_back(
     assert computed(run) == reference
 
 
-# --- A rank that does what `run.notes` says: attempts are joined by +, what is done in one by _; a number is saved
-
-STAND_IN = """
-def make_run_folder(config):  # by slurm/prepare.py only
-    real.make_run_folder(config)
-    if Path("hold").exists():
-        Path("hold").rename("held")
-        signal.pause()
-
-
-def train_here(config, overrides):
-    run = Path(config.run.dir)
-    attempt = len(list(run.glob("tried_*")))
-    (run / f"tried_{attempt}").touch()
-    for word in config.run.notes.split("+")[attempt].split("_"):
-        if word == "gpus":
-            (run / f"gpus_{os.environ['RANK']}").write_text(os.environ["SLURM_GPUS_ON_NODE"])
-        elif word == "ask":
-            signals.install()
-            (run / "asks").touch()
-            while not signals.stop_requested():
-                time.sleep(0.01)
-        elif word.isdecimal():
-            (run / "checkpoints" / f"step_{int(word):08}").mkdir(parents=True)
-        elif word == "preempted":
-            raise Preempted(0)
-        elif word == "hopeless":
-            raise TrainingError("the loss is not finite")
-        elif word == "wait":
-            while not list(run.parent.glob("*/tried_1")):
-                time.sleep(0.1)
-        elif word == "crash":
-            raise RuntimeError("a broken cable")
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path) -> Path:
-    """A folder to submit from, in which the training is played."""
-    return folder_with(tmp_path, STAND_IN)
+# --- Ranks that do what `run.notes` says
 
 
 def play(cluster: Cluster, folder: Path, attempts: str, *options: str, **environment: str) -> int:
@@ -292,46 +210,46 @@ def play(cluster: Cluster, folder: Path, attempts: str, *options: str, **environ
     return cluster.submit(*options, "slurm/pretrain.sbatch", *script, cwd=folder, **environment)
 
 
-def test_attempts_without_a_new_checkpoint_come_to_an_end(cluster: Cluster, stand_in: Path) -> None:
+def test_attempts_without_a_new_checkpoint_come_to_an_end(cluster: Cluster, played: Path) -> None:
     """The first is stopped before its ranks start. Without the node that the user leaves out, in the second too."""
-    (stand_in / "hold").touch()
-    job = play(cluster, stand_in, "crash+9", "--nodes=1", "--exclude=n1", MOST_IDLE="2")
-    wait_for(stand_in / "held", lambda: log_of(stand_in, job))
+    (played / "hold").touch()
+    job = play(cluster, played, "crash+9", "--nodes=1", "--exclude=n1", MOST_IDLE="2")
+    wait_for(played / "held", lambda: log_of(played, job))
     cluster.call("scancel", "--signal=USR1", str(job))
     fields = cluster.wait(job, PATIENCE_S)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1")
     assert (fields["NodeList"], fields["ExcNodeList"]) == ("n2", "n1")
-    assert said(stand_in, job) == [
+    assert said(played, job) == [
         "0: asked to stop before the ranks started; requeued",
         f"1: 1 nodes of 1 ranks, runs/played from step 0, logs in runs/played/logs/{job}.1",
         "1: attempts without a new checkpoint: 2, not started again",
     ]
-    assert "RuntimeError: a broken cable" in log_of(stand_in, job)
+    assert "RuntimeError: a broken cable" in log_of(played, job)
 
 
-def test_what_would_come_again_is_not_requeued(cluster: Cluster, stand_in: Path) -> None:
-    job = play(cluster, stand_in, "hopeless")
-    wrong = cluster.submit("slurm/pretrain.sbatch", "model.num_layer=3", cwd=stand_in)
+def test_what_would_come_again_is_not_requeued(cluster: Cluster, played: Path) -> None:
+    job = play(cluster, played, "hopeless")
+    wrong = cluster.submit("slurm/pretrain.sbatch", "model.num_layer=3", cwd=played)
     for number, code in ((job, 3), (wrong, 2)):
         fields = cluster.wait(number, PATIENCE_S)
         assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", f"{code}:0", "0")
-    assert said(stand_in, job)[-1] == "0: ended with exit code 3, not started again"
-    assert "error: the loss is not finite" in log_of(stand_in, job)
-    assert "error: model.num_layer=3: Key 'num_layer' not in 'ModelConfig'" in log_of(stand_in, wrong)
+    assert said(played, job)[-1] == "0: ended with exit code 3, not started again"
+    assert "error: the loss is not finite" in log_of(played, job)
+    assert "error: model.num_layer=3: Key 'num_layer' not in 'ModelConfig'" in log_of(played, wrong)
 
 
-def test_a_cancelled_job_saves_and_leaves_nothing(cluster: Cluster, stand_in: Path) -> None:
-    job = play(cluster, stand_in, "ask_4_preempted")
-    wait_for(stand_in / "runs" / "played" / "asks", lambda: log_of(stand_in, job))
+def test_a_cancelled_job_saves_and_leaves_nothing(cluster: Cluster, played: Path) -> None:
+    job = play(cluster, played, "ask_4_preempted")
+    wait_for(played / "runs" / "played" / "asks", lambda: log_of(played, job))
     cluster.call("scancel", str(job))
     fields = cluster.wait(job, PATIENCE_S)
     assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
-    assert said(stand_in, job)[-1] == "0: saved at step 4; ended by scancel or by Slurm"
+    assert said(played, job)[-1] == "0: saved at step 4; ended by scancel or by Slurm"
     wait_until(lambda: not cluster.processes(SLURM_JOB_ID=str(job)), 5, lambda: str(cluster.processes()))
 
 
-def test_a_chain_goes_on_and_ends_with_the_run(cluster: Cluster, stand_in: Path) -> None:
-    assert chain(cluster, stand_in, "7_crash+9", 3) == [
+def test_a_chain_goes_on_and_ends_with_the_run(cluster: Cluster, played: Path) -> None:
+    assert chain(cluster, played, "7_crash+9", 3) == [
         ("1:0", "0: failed after step 7; the next job of the chain goes on"),
         ("0:0", "0: done"),
         ("0:0", "0: runs/played is done"),
@@ -339,8 +257,8 @@ def test_a_chain_goes_on_and_ends_with_the_run(cluster: Cluster, stand_in: Path)
 
 
 @pytest.mark.soak("chains on Slurm")
-def test_a_chain_ends_with_a_run_that_cannot_go_on(cluster: Cluster, stand_in: Path) -> None:
-    assert chain(cluster, stand_in, "4_preempted+hopeless+9", 4) == [
+def test_a_chain_ends_with_a_run_that_cannot_go_on(cluster: Cluster, played: Path) -> None:
+    assert chain(cluster, played, "4_preempted+hopeless+9", 4) == [
         ("75:0", "0: saved at step 4; the next job of the chain goes on"),
         ("3:0", "0: ended with exit code 3, not started again"),
         ("1:0", "0: the chain has ended, see the job before"),
@@ -357,22 +275,22 @@ def chain(cluster: Cluster, folder: Path, attempts: str, length: int) -> list[tu
     return [(cluster.wait(job, PATIENCE_S)["ExitCode"], said(folder, job)[-1]) for job in jobs]
 
 
-def test_a_sweep_is_an_array_of_runs(cluster: Cluster, stand_in: Path) -> None:
+def test_a_sweep_is_an_array_of_runs(cluster: Cluster, played: Path) -> None:
     """The second one is requeued, whose number is also the whole array's, while the first one runs."""
     sweep = ["run.name=wait_9,4_preempted+9", "run.notes='${run.name}'", "train.train_steps=9"]
-    array = cluster.submit("--array=0-1", "slurm/sweep.sbatch", *sweep, cwd=stand_in)
+    array = cluster.submit("--array=0-1", "slurm/sweep.sbatch", *sweep, cwd=played)
     tasks = [cluster.wait(f"{array}_{task}", PATIENCE_S) for task in range(2)]
     assert [(task["JobState"], task["Restarts"]) for task in tasks] == [("COMPLETED", "0"), ("COMPLETED", "1")]
     assert tasks[1]["JobId"] == str(array)
 
 
-def test_a_node_has_a_rank_for_each_gpu_in_the_container(cluster: Cluster, stand_in: Path) -> None:
+def test_a_node_has_a_rank_for_each_gpu_in_the_container(cluster: Cluster, played: Path) -> None:
     """Though sbatch was not asked for GPUs: whole nodes have them.
 
     pyxis adds options to srun; here one that notes them and leaves them out stands in for it.
     """
-    (stand_in / "bin").mkdir()
-    srun = stand_in / "bin" / "srun"
+    (played / "bin").mkdir()
+    srun = played / "bin" / "srun"
     srun.write_text(f"""#!{sys.executable}
 import os, sys
 with open("options", "a") as file:
@@ -380,16 +298,16 @@ with open("options", "a") as file:
 os.execv("{shutil.which("srun")}", ["srun", *(a for a in sys.argv[1:] if not a.startswith("--container"))])
 """)
     srun.chmod(0o755)
-    path = f"{stand_in}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{played}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
     container = {"CONTAINER_IMAGE": "my image", "CONTAINER_MOUNTS": "/data:/data", "PATH": path}
-    job = play(cluster, stand_in, "gpus+gpus", "--partition=gpu", "--nodelist=n3", **container)
-    assert cluster.wait(job, PATIENCE_S)["JobState"] == "COMPLETED", log_of(stand_in, job)
-    assert said(stand_in, job)[0].startswith("0: 1 nodes of 2 ranks, ")
-    ranks = sorted((stand_in / "runs" / "played").glob("gpus_*"))
+    job = play(cluster, played, "gpus+gpus", "--partition=gpu", "--nodelist=n3", **container)
+    assert cluster.wait(job, PATIENCE_S)["JobState"] == "COMPLETED", log_of(played, job)
+    assert said(played, job)[0].startswith("0: 1 nodes of 2 ranks, ")
+    ranks = sorted((played / "runs" / "played").glob("gpus_*"))
     assert [(path.name, path.read_text()) for path in ranks] == [("gpus_0", "2"), ("gpus_1", "2")]
-    mounts = f"--container-mounts={stand_in}:{stand_in},/data:/data"
-    options = f"--container-image=my image {mounts} --container-workdir={stand_in}"
-    assert (stand_in / "options").read_text().splitlines() == [options] * 2
+    mounts = f"--container-mounts={played}:{played},/data:/data"
+    options = f"--container-image=my image {mounts} --container-workdir={played}"
+    assert (played / "options").read_text().splitlines() == [options] * 2
 
 
 # --- Tokenizing

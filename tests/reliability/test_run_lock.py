@@ -106,8 +106,11 @@ def test_one_that_is_ending_is_waited_for(
 def test_an_attempt_before_of_the_same_job_is_no_error_of_the_user(
     held: multiprocessing.Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / LOCK).write_text(json.dumps({"host": "n1", "process": 7, "job": "123"}))
+    (tmp_path / LOCK).write_text(json.dumps({"host": "n1", "process": 7, "job": "123", "attempt": "123.0"}))
     monkeypatch.setenv("SLURM_JOB_ID", "123")
+    with pytest.raises(ConfigError), locked(tmp_path):  # a second start in one job
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     with pytest.raises(OSError, match="process 7 on n1, of this job's attempt before, has not ended"), locked(tmp_path):
         pass
     monkeypatch.setenv("SLURM_JOB_ID", "124")

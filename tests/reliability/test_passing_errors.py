@@ -15,6 +15,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.files import may_pass
 from tests.helpers.ranks import run_ranks
 from tests.helpers.saving import small_run
+from tests.helpers.training import tiny_config
 from tests.reliability.test_damage import names_in, save_twice
 
 PREVIOUS = "checkpoint.on_damage=previous"
@@ -97,3 +98,29 @@ def test_all_ranks_raise_what_one_meets_and_the_checkpoint_stays(number: int, in
 def test_what_is_of_the_file_does_not_pass(name: str) -> None:
     number = getattr(errno, name)
     assert may_pass(OSError(number, os.strerror(number))) is (name in ("EIO", "ESTALE", "ETIMEDOUT"))
+
+
+def exit_codes_of_starting(folder: str, number: int) -> list[int]:
+    """Where the run's folder cannot be made, nor written to."""
+    import pretrain
+    from megatron_moe.train import start
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    config = tiny_config(f"run.dir={folder}/new")
+    Path.mkdir = start.write_whole = fail
+    codes = []
+    for action in (
+        lambda: pretrain.make_run_folder(config),
+        lambda: start.write_run_files(config, [], world_size=1, tokenizer=None),
+    ):
+        with pytest.raises((OSError, ConfigError)) as caught:
+            action()
+        codes.append(pretrain.exit_code(caught.value, config))
+    return codes
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 1), (errno.ENOSPC, 2)])
+def test_a_start_is_tried_again_only_where_that_may_help(number: int, code: int, tmp_path: Path) -> None:
+    assert run_ranks(exit_codes_of_starting, 1, str(tmp_path), number) == [[code, code]]

@@ -75,7 +75,9 @@ def play(config: Config, overrides: list[str]) -> None:
 
 
 def wait_for_a_signal() -> None:
-    while not signals.stop_requested():
+    """Or for the end of torchrun, after which Slurm may not know of this rank any more."""
+    parent = os.getppid()
+    while not signals.stop_requested() and os.getppid() == parent:
         time.sleep(0.01)
 
 

@@ -43,6 +43,7 @@ from megatron_moe.distributed.failures import (
     record_exit_code,
     record_failure,
 )
+from megatron_moe.files import may_pass
 
 AUTO_RESTART = "--auto-restart"
 
@@ -129,6 +130,8 @@ def make_run_folder(config: Config) -> None:
     try:
         Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if may_pass(error):
+            raise
         raise ConfigError(f"run.dir={config.run.dir}: cannot be made: {error.strerror}") from None
 
 
@@ -153,14 +156,16 @@ def train_here(config: Config, overrides: list[str]) -> None:
     watchdog.start(60 * config.parallel.timeout_minutes)
     quiet()
     check_apex()
+    from megatron_moe.checkpoint.run_lock import locked
     from megatron_moe.distributed.context import distributed
     from megatron_moe.train.loop import train
 
-    with distributed(
+    group = distributed(
         config.parallel,
         init_method=os.environ.get(launch.INIT_METHOD, "env://"),
         deterministic_only=config.train.deterministic,
-    ) as context:
+    )
+    with group as context, locked(Path(config.run.dir)):
         train(config, context, overrides)
     watchdog.stop()  # not after an error: the end of this process may hang
 

@@ -240,15 +240,18 @@ class Checkpointer:
 
         Raises:
             ConfigError: the checkpoint is damaged, of another model, of other data or of another schedule.
+            OSError: on all ranks, if any cannot read for now; no checkpoint is passed over for it.
         """
         checkpoint, notes = self._newest_whole()
         if checkpoint is None:
             if self.config.checkpoint.init_from is not None:
-                source = find_checkpoint(Path(self.config.checkpoint.init_from))
+                init_from = Path(self.config.checkpoint.init_from)
+                source = from_main(lambda: find_checkpoint(init_from))
                 load_weights(self.model, source, self.config.model, self.config.checkpoint.verify)
                 self.optimizer.reload_model_params()
             return TrainState(), notes
-        description, saved = read_json(checkpoint / "state.json"), plain(saved_config(checkpoint))
+        description = from_main(lambda: read_json(checkpoint / "state.json"))
+        saved = plain(from_main(lambda: saved_config(checkpoint)))
         if description.get("weights_only"):
             raise ConfigError(
                 f"run.dir={self.config.run.dir}: holds an imported model, weights only; start another run with "
@@ -323,7 +326,7 @@ def load_weights(
         ConfigError: the checkpoint is damaged, or of another architecture.
     """
     refuse_damaged(checkpoint, verify)
-    check_same_model(saved_config(checkpoint).model, expected, checkpoint)
+    check_same_model(from_main(lambda: saved_config(checkpoint)).model, expected, checkpoint)
     load({name: chunk.sharded_state_dict() for name, chunk in _named_chunks(model)}, checkpoint)
 
 

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_moe.checkpoint.coverage import problems_of_places
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.errors import ConfigError, unreadable
 
 PIECE_BYTES = 8 * 2**20  # held at a time
 DATA_FILE = "__0_0.distcp"
@@ -181,6 +181,7 @@ def read_index(folder: Path, names: Collection[str] | None = None) -> Metadata:
 
     Raises:
         ConfigError: it is no index, or places a tensor elsewhere than within a file of the folder.
+        OSError: it cannot be read for now.
     """
     path = folder / ".metadata"
     try:
@@ -188,12 +189,12 @@ def read_index(folder: Path, names: Collection[str] | None = None) -> Metadata:
             index = _IndexUnpickler(file).load()
         if not isinstance(index, Metadata):
             raise pickle.UnpicklingError(f"holds {type(index).__name__}")
+        files = [file for file in folder.iterdir() if file.is_file() and not file.is_symlink()]
+        sizes = {file.name: file.stat().st_size for file in files if names is None or file.name in names}
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise unreadable(path, error) from None
     except UNREADABLE as error:
         raise ConfigError(f"{path}: no index of a checkpoint of this version: {str(error)[:200]}") from None
-    files = [file for file in folder.iterdir() if file.is_file() and not file.is_symlink()]
-    sizes = {file.name: file.stat().st_size for file in files if names is None or file.name in names}
     try:
         problems = problems_of_places(index, sizes)
     except ConfigError as error:

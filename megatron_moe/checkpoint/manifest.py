@@ -5,16 +5,18 @@ A folder without one was never finished. What a manifest does not name is not re
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron_moe.config.errors import ConfigError
-from megatron_moe.files import sync
+from megatron_moe.config.errors import ConfigError, unreadable
+from megatron_moe.files import may_pass, naming, sync
 
 MANIFEST = "manifest.json"
 SMALL_BYTES = 64 * 2**20  # larger files are only measured where contents are not asked for
@@ -67,6 +69,7 @@ def read_manifest(folder: Path) -> Files:
 
     Raises:
         ConfigError: there is no manifest, or one that was not written so.
+        OSError: the file system cannot be read for now.
     """
     path = folder / MANIFEST
     if path.is_symlink():
@@ -80,7 +83,7 @@ def read_manifest(folder: Path) -> Files:
         if not all(type(entry.nbytes) is int and entry.nbytes >= 0 for entry in files.values()):
             raise ValueError("a size is no number of bytes")
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; the checkpoint is not whole") from None
+        raise unreadable(path, error, "; the checkpoint is not whole") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path}: is damaged: {error}") from None
     outside = [name for name in files if Path(name).name != name or name in ("", ".", "..", MANIFEST)]
@@ -97,6 +100,9 @@ def problems_of(folder: Path, files: Files, names: Iterable[str] | None = None, 
         files: what it should hold, as `read_manifest` returns it.
         names: the files to compare; all by default.
         contents: compare the bytes of large files too, not only their sizes.
+
+    Raises:
+        OSError: the file system cannot be read for now.
     """
     unnamed = [f"{folder / name}: the manifest does not name it" for name in ALWAYS_READ if name not in files]
     names = files if names is None else names
@@ -142,13 +148,15 @@ def _problem(path: Path, expected: FileEntry, contents: bool) -> str | None:
     try:
         if path.is_symlink():
             return f"{path}: is a link"
-        if not path.is_file():
-            return f"{path}: is missing"
-        nbytes = path.stat().st_size
+        if not stat.S_ISREG((found := path.stat()).st_mode):
+            return f"{path}: is no file"
+        nbytes = found.st_size
         if nbytes != expected.nbytes:
             return f"{path}: is damaged: {nbytes:,} bytes instead of {expected.nbytes:,}"
         if (contents or nbytes <= SMALL_BYTES) and entry_of(path) != expected:
             return f"{path}: is damaged: its SHA-256 is not the manifest's"
     except OSError as error:
-        return f"{path}: cannot be read: {error.strerror}"
+        if may_pass(error):
+            raise naming(error, path) from error
+        return f"{path}: {'is missing' if error.errno == errno.ENOENT else f'cannot be read: {error.strerror}'}"
     return None

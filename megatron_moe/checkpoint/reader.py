@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import (
@@ -35,6 +38,7 @@ from megatron_moe.checkpoint.dcp import read_index
 from megatron_moe.checkpoint.manifest import problems_of, read_manifest, shares
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import Verify
+from megatron_moe.files import may_pass, naming
 
 
 def damage(folder: Path, verify: Verify) -> list[str]:
@@ -42,14 +46,17 @@ def damage(folder: Path, verify: Verify) -> list[str]:
 
     Returns:
         A line for each file, beginning with it; none where the checkpoint is whole.
+
+    Raises:
+        OSError: on all ranks, if any could not read for now; it tells nothing of the checkpoint.
     """
-    try:
+
+    def differences() -> list[str]:
         files = read_manifest(folder)
         mine = shares(files, _world_size())[_rank()]
-        found = problems_of(folder, files, mine, contents=verify is Verify.full)
-    except ConfigError as error:
-        found = list(error.problems)
-    return sorted(set().union(*_from_all(found)))
+        return problems_of(folder, files, mine, contents=verify is Verify.full)
+
+    return _problems_of_all(differences)
 
 
 def refuse_damaged(folder: Path, verify: Verify) -> None:
@@ -70,6 +77,7 @@ def load(request: ShardedStateDict, folder: Path) -> None:
 
     Raises:
         ConfigError: the checkpoint lacks a tensor, has it in another shape, or is of another version.
+        OSError: on all ranks, if any could not read for now.
     """
     reader = _agreed_reader(folder)
     sharded, _ = extract_sharded_base(load_preprocess(request)[0])
@@ -82,21 +90,32 @@ def load(request: ShardedStateDict, folder: Path) -> None:
             tensors = mcore_to_pyt_state_dict(by_key, True)
             _load_state_dict(tensors, reader, planner=planner, no_dist=_world_size() == 1)
     except (CheckpointException, CheckpointingException, KeyError, pickle.UnpicklingError) as error:
-        raise ConfigError(f"{folder}: {_first_cause(error)}") from error
+        raise _explained(error, folder) from error
 
 
 def _agreed_reader(folder: Path) -> _Reader:
     """One on all ranks, or what is wrong, on all ranks."""
-    problems: list[str] = []
-    try:
-        reader = _Reader(folder)
-    except ConfigError as error:
-        problems = list(error.problems)
-    except OSError as error:
-        problems = [f"{folder}: {error}"]
-    if found := sorted(set().union(*_from_all(problems))):
-        raise ConfigError(*found)
-    return reader
+    readers: list[_Reader] = []
+
+    def read() -> list[str]:
+        readers.append(_Reader(folder))
+        return []
+
+    if problems := _problems_of_all(read):
+        raise ConfigError(*problems)
+    return readers[0]
+
+
+class _NamingFileSystem(FileSystem):
+    """torch's access to files, whose errors name the file, also those of reading."""
+
+    @contextmanager
+    def create_stream(self, path: Path, mode: str) -> Iterator[BinaryIO]:
+        try:
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        except OSError as error:
+            raise naming(error, path) from error
 
 
 class _Reader(FileSystemReader):
@@ -104,6 +123,7 @@ class _Reader(FileSystemReader):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder))
+        self.fs = _NamingFileSystem()
         # Here: of errors in `read_metadata` torch prints a traceback, and looks for another index.
         self._index = read_index(folder, read_manifest(folder))
 
@@ -156,21 +176,39 @@ def _read_of_all(chunk: MetadataIndex, sizes: torch.Size) -> ReadItem:
     return _create_read_item_for_tensor(chunk, start, chunk, start, sizes)
 
 
-def _first_cause(error: BaseException) -> str:
-    """What a rank raised, where torch has wrapped it."""
+def _explained(error: Exception, folder: Path) -> ConfigError | OSError:
+    """What the ranks raised, where torch has wrapped it."""
+    causes = [error]
     if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    if not isinstance(error, Exception):
-        raise error  # KeyboardInterrupt, say
-    return str(error)
+        causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if not isinstance(cause, Exception):
+            raise cause  # KeyboardInterrupt, say
+        if isinstance(cause, OSError) and may_pass(cause):
+            return cause
+    return ConfigError(f"{folder}: {causes[0]}")
 
 
-def _from_all(mine: list[str]) -> list[list[str]]:
-    if _world_size() == 1:
-        return [mine]
-    found: list[list[str]] = [[]] * _world_size()
-    dist.all_gather_object(found, mine)
-    return found
+def _problems_of_all(find: Callable[[], list[str]]) -> list[str]:
+    """What any rank finds or raises as a `ConfigError`, on all ranks.
+
+    Raises:
+        OSError: on all ranks, if any could not read for now.
+    """
+    mine: list[str] | OSError
+    try:
+        mine = find()
+    except ConfigError as error:
+        mine = list(error.problems)
+    except OSError as error:
+        mine = error
+    everyone: list[list[str] | OSError] = [mine]
+    if _world_size() > 1:
+        everyone *= _world_size()
+        dist.all_gather_object(everyone, mine)
+    if errors := [each for each in everyone if isinstance(each, OSError)]:
+        raise errors[0]
+    return sorted(set().union(*everyone))
 
 
 def _world_size() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.errors import ConfigError, unreadable
 from megatron_moe.config.load import from_plain
 from megatron_moe.config.schema import ClusterConfig, Config, ModelConfig
 
@@ -24,8 +24,18 @@ DAMAGED = ".damaged"  # passed over
 
 
 def saved_steps(folder: Path) -> list[Path]:
-    """Whole checkpoints in the folder `checkpoints` of a run, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
+    """Whole checkpoints in the folder `checkpoints` of a run, oldest first.
+
+    Raises:
+        ConfigError: it may not be read.
+        OSError: it cannot be read for now.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if re.fullmatch(r"step_\d{8}", path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from None
 
 
 def retire(checkpoint: Path) -> Path:
@@ -80,7 +90,7 @@ def run_config(run: Path) -> Config:
     try:
         saved = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}; is {run} the folder of a run?") from None
+        raise unreadable(file, error, f"; is {run} the folder of a run?") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: no YAML: {error}") from None
     if not isinstance(saved, dict):
@@ -119,11 +129,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: there is none.
+        OSError: it cannot be read for now.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; is {path.parent} the right folder on this machine?") from None
+        raise unreadable(path, error, f"; is {path.parent} the right folder on this machine?") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(found, dict):

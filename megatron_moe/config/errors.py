@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+
+from megatron_moe.files import may_pass, naming
 
 
 class ConfigError(ValueError):
@@ -36,6 +39,11 @@ class Preempted(Exception):  # noqa: N818 nothing went wrong
     def __init__(self, step: int) -> None:
         self.step = step
         super().__init__(f"stopped at step {step}")
+
+
+def unreadable(path: Path, error: OSError, hint: str = "") -> ConfigError | OSError:
+    """What to raise of a file that cannot be read: the user's to mend, or, where it may pass, the file system's."""
+    return naming(error, path) if may_pass(error) else ConfigError(f"{path}: {error.strerror}{hint}")
 
 
 def exit_code_of(command: Callable[[], None]) -> int:

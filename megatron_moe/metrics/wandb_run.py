@@ -25,6 +25,7 @@ from megatron_moe.config.errors import Preempted
 from megatron_moe.config.schema import Config
 from megatron_moe.distributed import watchdog
 from megatron_moe.files import write_json
+from megatron_moe.metrics.load_colors import HIGH, LOW, NEUTRAL, end_of_range
 
 INIT_TIMEOUT_S = 20.0  # for the server to answer; after that the run is offline
 FINISH_TIMEOUT_S = 30.0  # for what is left to be sent
@@ -233,7 +234,9 @@ def heat_map(load: list[list[float]], first_layer: int, unit: str) -> Any:
     import plotly.graph_objects as go
 
     layers = list(range(first_layer, first_layer + len(load)))
-    cells = go.Heatmap(z=load, y=layers, zmin=0, zmax=2, colorscale="RdBu_r", colorbar_title="load / mean")
+    end = end_of_range(load)
+    colors = [(0, LOW), (1 / end, NEUTRAL), (1, HIGH)]
+    cells = go.Heatmap(z=load, y=layers, zmin=0, zmax=end, colorscale=colors, colorbar_title="load / mean")
     axes = {"xaxis_title": unit, "yaxis": {"title": "layer", "autorange": "reversed"}}
     return go.Figure(cells, {**axes, "template": "none"})
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_moe.metrics.load_colors import end_of_range
 from megatron_moe.report.runs import Bar, RunRecord, some
 from megatron_moe.report.thinning import MAX_POINTS, Series, thin_out
 from megatron_moe.report.trace import KINDS
@@ -197,7 +198,7 @@ def _load(run: RunRecord, values: NDArray[np.float32]) -> dict[str, Any]:
         "layers": [first_layer + row for row in range(values.shape[1])],
         "columns": values.shape[2],
         "max": largest,
-        "strong": float(max(2.0, np.percentile(finite, 99.5))) if finite.size else 2.0,
+        "strong": end_of_range(values),
         "data": base64.b64encode(packed.astype("<u2").tobytes()).decode(),
     }
 

@@ -28,7 +28,7 @@ from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
 from megatron_moe.data.sources import Datasets, source_uses
 from megatron_moe.distributed import deterministic
 from megatron_moe.distributed.context import DistributedContext
-from megatron_moe.files import write_json, write_whole
+from megatron_moe.files import may_pass, write_json, write_whole
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import model_flops_per_token, paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
@@ -59,6 +59,8 @@ def write_run_files(config: Config, overrides: list[str], world_size: int, token
         write_whole(folder / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False).encode())
         write_json(folder / "environment.json", environment)
     except OSError as error:
+        if may_pass(error):
+            raise
         raise ConfigError(f"run.dir={config.run.dir}: cannot be written: {error.strerror}") from error
 
 

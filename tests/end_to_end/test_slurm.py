@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,15 @@ from megatron_moe.data.tokenizer import train_tokenizer
 from megatron_moe.plan.memory import memory_by_stage
 from slurm.sweep import job_arguments
 from tests.helpers.cli import ROOT, metrics_of, run_cli
+from tests.helpers.ranks import run_ranks
 from tests.helpers.runs import UNEQUAL
 from tests.helpers.secrets import SECRETS, files_with
 from tests.helpers.slurm import Cluster, running_cluster, wait_until
 from tests.helpers.training import TINY
 
 LAYOUT = "parallel=pp2_ep2"
-INTERVAL = 10  # of saves
+STEPS = "train.train_steps=14"
+INTERVAL = 5  # of saves
 RUN = [
     *(option for option in TINY if not option.startswith("train.train_steps")),
     "evaluation.interval=1000",
@@ -37,7 +39,6 @@ RUN = [
     "logger.log_interval=1",
     f"checkpoint.save_interval={INTERVAL}",
 ]
-SHORT, LONG = "train.train_steps=60", "train.train_steps=100000"
 NOTES = """a "b" $(touch hacked); c | `touch hacked` > hacked
 $HOME && \\n * é"""
 PATIENCE_S = 300  # the machine may be busy
@@ -51,14 +52,22 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What an uninterrupted run logs that pretrain.py starts itself."""
-    return uninterrupted(tmp_path_factory.mktemp("reference"), SHORT)
+    """What an uninterrupted run logs."""
+    return trained_here(tmp_path_factory.mktemp("reference"), STEPS)
 
 
-def uninterrupted(folder: Path, steps: str) -> list[dict[str, Any]]:
-    result = run_cli("pretrain.py", *RUN, steps, LAYOUT, "run.name=whole", cwd=folder, OMP_NUM_THREADS="1")
-    assert result.returncode == 0, result.stderr
-    return computed(folder / "runs" / "whole")
+def trained_here(run: Path, *overrides: str) -> list[dict[str, Any]]:
+    """What a run has logged when it is trained to its end by ranks as pretrain.py starts them."""
+    run_ranks(train_as_told, 4, [*RUN, *overrides, LAYOUT, f"run.dir={run}"])
+    return computed(run)
+
+
+def train_as_told(overrides: list[str]) -> None:
+    import pretrain
+
+    config = compose_config(overrides)
+    validate(config, 4)
+    pretrain.train_here(config, [])
 
 
 @pytest.fixture
@@ -84,78 +93,61 @@ def said(project: Path, job: int | str) -> list[str]:
     return re.findall(r"^[\d-]{10} [\d:]{8} job \d+\.(\d+: .*)$", log_of(project, job), flags=re.MULTILINE)
 
 
-def wait_for_step(project: Path, job: int, step: int) -> None:
-    def is_there() -> bool:
-        steps = re.findall(r"^step +(\d+)/", log_of(project, job), flags=re.MULTILINE)
-        return bool(steps) and int(steps[-1]) >= step
-
-    wait_until(is_there, PATIENCE_S, lambda: log_of(project, job))
-
-
-def wait_for_restarts(cluster: Cluster, job: int, count: int) -> None:
-    wait_until(lambda: cluster.fields(job)["Restarts"] == str(count), PATIENCE_S, lambda: str(cluster.fields(job)))
-
-
 # --- Real runs
 
 
-def test_a_run_is_stopped_and_killed_and_ends_as_one_that_was_not(
-    cluster: Cluster, project: Path, reference: list[dict[str, Any]]
+@pytest.fixture
+def played(tmp_path: Path) -> Path:
+    """A folder to submit from, with another pretrain.py (tests/helpers/played_training.py)."""
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
+    shutil.copy(ROOT / "tests" / "helpers" / "played_training.py", tmp_path / "pretrain.py")
+    return tmp_path
+
+
+def wait_for(path: Path, log: Callable[[], str]) -> None:
+    wait_until(path.exists, PATIENCE_S, log)
+
+
+def test_a_run_is_killed_and_stopped_and_goes_on_as_one_that_was_not(
+    cluster: Cluster, played: Path, reference: list[dict[str, Any]]
 ) -> None:
-    """Told to save, as before a time limit; then a rank of the second node is killed. Strange notes, and secrets."""
-    script = ["slurm/pretrain.sbatch", *RUN, SHORT, LAYOUT, "run.name=cut", f"run.notes='{NOTES}'"]
-    job = cluster.submit("--nodes=2", f"--job-name={NOTES}", *script, cwd=project, **SECRETS)
-    wait_for_step(project, job, 3)
-    cluster.call("scancel", "--signal=USR1", str(job))
-    wait_for_restarts(cluster, job, 1)
-    saved = int(re.search(r"saved at step (\d+)", said(project, job)[-1])[1])
-    wait_for_step(project, job, (saved // INTERVAL + 1) * INTERVAL + 2)
+    """Its last rank is killed; then it is told to save, and not to come back. Strange notes, and secrets."""
+    run = played / "runs" / "cut"
+    script = ["slurm/pretrain.sbatch", *RUN, STEPS, LAYOUT, "run.name=cut", f"run.notes='{NOTES}'"]
+    options = ["--nodes=2", f"--job-name={NOTES}"]
+    job = cluster.submit(*options, *script, cwd=played, HOLD="8 11", **SECRETS)
+    wait_for(run / "held_0", lambda: log_of(played, job))
     (victim,) = cluster.processes(SLURMD_NODENAME="n2", LOCAL_RANK="1")
     victim.kill()
+    wait_for(run / "held_1", lambda: log_of(played, job))
+    cluster.call("scontrol", "update", f"JobId={job}", "Requeue=0")
+    cluster.call("scancel", "--signal=USR1", str(job))
     fields = cluster.wait(job, PATIENCE_S)
 
-    assert (fields["JobState"], fields["Restarts"]) == ("COMPLETED", "2")
-    run = project / "runs" / "cut"
-    lines = said(project, job)
-    kept = int(re.search(r"failed after step (\d+)", lines[3])[1])
-    assert kept > saved
-    assert kept % INTERVAL == 0
-    assert lines == [
+    assert (fields["ExitCode"], fields["Restarts"]) == ("75:0", "1")
+    assert said(played, job) == [
         f"0: 2 nodes of 2 ranks, runs/cut from step 0, logs in runs/cut/logs/{job}.0",
-        f"0: saved at step {saved}; requeued",
-        f"1: 2 nodes of 2 ranks, runs/cut from step {saved}, logs in runs/cut/logs/{job}.1",
-        f"1: failed after step {kept}; requeued",
-        f"2: 2 nodes of 2 ranks, runs/cut from step {kept}, logs in runs/cut/logs/{job}.2",
-        "2: done",
+        "0: failed after step 5; requeued",
+        f"1: 2 nodes of 2 ranks, runs/cut from step 5, logs in runs/cut/logs/{job}.1",
+        "1: saved at step 11; not requeued, the same command goes on",
     ]
-    assert re.search(r"^srun: error: n[12]: task [01]: ", log_of(project, job), flags=re.MULTILINE)
-    assert computed(run) == reference
+    wait_until(lambda: not cluster.processes(SLURM_JOB_ID=str(job)), 5, lambda: str(cluster.processes()))
+    assert re.search(r"^srun: error: n[12]: task [01]: ", log_of(played, job), flags=re.MULTILINE)
     assert yaml.safe_load((run / "config.yaml").read_text())["run"]["notes"] == NOTES
-    assert not list(project.rglob("hacked"))
+    assert not list(played.rglob("hacked"))
     for secret in SECRETS.values():
-        assert files_with(secret, project) == []
+        assert files_with(secret, played) == []
 
     rank_0 = (run / "logs" / "rank_0.log").read_text()
-    assert rank_0.count("layout    4 ranks: tensor 1, pipeline 2 x 1 virtual, context 1, data 2, expert 2") == 3
+    assert rank_0.count("layout    4 ranks: tensor 1, pipeline 2 x 1 virtual, context 1, data 2, expert 2") == 2
     assert "Traceback" not in rank_0
-    assert sorted(path.name for path in (run / "logs" / f"{job}.2").iterdir()) == [
+    assert sorted(path.name for path in (run / "logs" / f"{job}.1").iterdir()) == [
         "exit_codes",
         "n1.log",
         "n2.log",
         "srun.log",
     ]
-
-
-def test_a_cancelled_job_saves_and_leaves_nothing(cluster: Cluster, project: Path) -> None:
-    job = cluster.submit("--nodes=2", "slurm/pretrain.sbatch", *RUN, LONG, LAYOUT, "run.name=cut", cwd=project)
-    wait_for_step(project, job, 2)
-    cluster.call("scancel", str(job))
-    fields = cluster.wait(job, PATIENCE_S)
-    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
-    (checkpoint,) = (project / "runs" / "cut" / "checkpoints").iterdir()
-    step = int(checkpoint.name.removeprefix("step_"))
-    assert said(project, job)[-1] == f"0: saved at step {step}; ended by scancel or by Slurm"
-    wait_until(lambda: not cluster.processes(SLURM_JOB_ID=str(job)), 5, lambda: str(cluster.processes()))
+    assert trained_here(run, STEPS) == reference
 
 
 @pytest.mark.soak("time limits on Slurm")
@@ -169,7 +161,7 @@ def test_time_limits_change_nothing(cluster: Cluster, project: Path, tmp_path: P
     assert int(fields["Restarts"]) >= 1
     stops = [line for line in said(project, job) if "saved at step" in line]
     assert len(stops) == int(fields["Restarts"])
-    assert computed(project / "runs" / "cut") == uninterrupted(tmp_path, steps)
+    assert computed(project / "runs" / "cut") == trained_here(tmp_path / "whole", steps)
 
 
 def tasks_of(cluster: Cluster, node: str) -> list[psutil.Process]:
@@ -196,63 +188,21 @@ def kill_node(cluster: Cluster) -> None:
 @pytest.mark.soak("kills on Slurm")
 @pytest.mark.parametrize("kill", [kill_torchrun, kill_step, kill_node])
 def test_what_is_killed_on_a_node_comes_back(
-    kill: Any, cluster: Cluster, project: Path, reference: list[dict[str, Any]]
+    kill: Any, cluster: Cluster, played: Path, reference: list[dict[str, Any]]
 ) -> None:
-    job = cluster.submit("--nodes=2", "slurm/pretrain.sbatch", *RUN, SHORT, LAYOUT, "run.name=cut", cwd=project)
-    wait_for_step(project, job, INTERVAL + 2)
+    script = ["slurm/pretrain.sbatch", *RUN, STEPS, LAYOUT, "run.name=cut"]
+    job = cluster.submit("--nodes=2", *script, cwd=played, HOLD="8")
+    run = played / "runs" / "cut"
+    wait_for(run / "held_0", lambda: log_of(played, job))
     kill(cluster)
-    wait_for_restarts(cluster, job, 1)
+    wait_until(lambda: cluster.fields(job)["Restarts"] == "1", PATIENCE_S, lambda: str(cluster.fields(job)))
     if kill is kill_node:
         cluster.start_node("n2")
     assert cluster.wait(job, PATIENCE_S)["JobState"] == "COMPLETED"
-    assert computed(project / "runs" / "cut") == reference
+    assert computed(run) == reference
 
 
-# --- A rank that does what `run.notes` says: attempts are joined by +, what is done in one by _; a number is saved
-
-STAND_IN = f"""
-import importlib.util
-import os
-import time
-from pathlib import Path
-
-spec = importlib.util.spec_from_file_location("real", "{ROOT}/pretrain.py")
-real = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(real)
-globals().update({{name: value for name, value in vars(real).items() if not name.startswith("__")}})
-
-
-def train_here(config, overrides):
-    run = Path(config.run.dir)
-    attempt = len(list(run.glob("tried_*")))
-    (run / f"tried_{{attempt}}").touch()
-    for word in config.run.notes.split("+")[attempt].split("_"):
-        if word == "gpus":
-            (run / f"gpus_{{os.environ['RANK']}}").write_text(os.environ["SLURM_GPUS_ON_NODE"])
-        elif word.isdecimal():
-            (run / "checkpoints" / f"step_{{int(word):08}}").mkdir(parents=True)
-        elif word == "preempted":
-            raise Preempted(0)
-        elif word == "hopeless":
-            raise TrainingError("the loss is not finite")
-        elif word == "wait":
-            time.sleep(10)
-        elif word == "crash":
-            raise RuntimeError("a broken cable")
-
-
-real.train_here = train_here
-if __name__ == "__main__":
-    real.main()
-"""
-
-
-@pytest.fixture
-def stand_in(tmp_path: Path) -> Path:
-    """A folder to submit from, in which the training is played."""
-    shutil.copytree(ROOT / "slurm", tmp_path / "slurm")
-    (tmp_path / "pretrain.py").write_text(STAND_IN)
-    return tmp_path
+# --- Ranks that do what `run.notes` says
 
 
 def play(cluster: Cluster, folder: Path, attempts: str, *options: str, **environment: str) -> int:
@@ -260,40 +210,46 @@ def play(cluster: Cluster, folder: Path, attempts: str, *options: str, **environ
     return cluster.submit(*options, "slurm/pretrain.sbatch", *script, cwd=folder, **environment)
 
 
-def test_attempts_without_a_new_checkpoint_come_to_an_end(cluster: Cluster, stand_in: Path) -> None:
-    """Without the node that the user leaves out, in the second attempt too."""
-    job = play(cluster, stand_in, "crash+crash+9", "--nodes=1", "--exclude=n1", MOST_IDLE="2")
+def test_attempts_without_a_new_checkpoint_come_to_an_end(cluster: Cluster, played: Path) -> None:
+    """The first is stopped before its ranks start. Without the node that the user leaves out, in the second too."""
+    (played / "hold").touch()
+    job = play(cluster, played, "crash+9", "--nodes=1", "--exclude=n1", MOST_IDLE="2")
+    wait_for(played / "held", lambda: log_of(played, job))
+    cluster.call("scancel", "--signal=USR1", str(job))
     fields = cluster.wait(job, PATIENCE_S)
     assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", "1:0", "1")
     assert (fields["NodeList"], fields["ExcNodeList"]) == ("n2", "n1")
-    assert said(stand_in, job) == [
-        f"0: 1 nodes of 1 ranks, runs/played from step 0, logs in runs/played/logs/{job}.0",
-        "0: failed after step 0; requeued",
+    assert said(played, job) == [
+        "0: asked to stop before the ranks started; requeued",
         f"1: 1 nodes of 1 ranks, runs/played from step 0, logs in runs/played/logs/{job}.1",
         "1: attempts without a new checkpoint: 2, not started again",
     ]
-    assert log_of(stand_in, job).count("RuntimeError: a broken cable") >= 2
+    assert "RuntimeError: a broken cable" in log_of(played, job)
 
 
-def test_what_would_come_again_is_not_requeued(cluster: Cluster, stand_in: Path) -> None:
-    job = play(cluster, stand_in, "hopeless")
-    wrong = cluster.submit("slurm/pretrain.sbatch", "model.num_layer=3", cwd=stand_in)
+def test_what_would_come_again_is_not_requeued(cluster: Cluster, played: Path) -> None:
+    job = play(cluster, played, "hopeless")
+    wrong = cluster.submit("slurm/pretrain.sbatch", "model.num_layer=3", cwd=played)
     for number, code in ((job, 3), (wrong, 2)):
         fields = cluster.wait(number, PATIENCE_S)
         assert (fields["JobState"], fields["ExitCode"], fields["Restarts"]) == ("FAILED", f"{code}:0", "0")
-    assert said(stand_in, job)[-1] == "0: ended with exit code 3, not started again"
-    assert "error: the loss is not finite" in log_of(stand_in, job)
-    assert "error: model.num_layer=3: Key 'num_layer' not in 'ModelConfig'" in log_of(stand_in, wrong)
+    assert said(played, job)[-1] == "0: ended with exit code 3, not started again"
+    assert "error: the loss is not finite" in log_of(played, job)
+    assert "error: model.num_layer=3: Key 'num_layer' not in 'ModelConfig'" in log_of(played, wrong)
 
 
-def test_a_job_that_may_not_be_requeued_says_so(cluster: Cluster, stand_in: Path) -> None:
-    job = play(cluster, stand_in, "4_preempted", "--no-requeue")
-    assert cluster.wait(job, PATIENCE_S)["ExitCode"] == "75:0"
-    assert said(stand_in, job)[-1] == "0: saved at step 4; not requeued, the same command goes on"
+def test_a_cancelled_job_saves_and_leaves_nothing(cluster: Cluster, played: Path) -> None:
+    job = play(cluster, played, "ask_4_preempted")
+    wait_for(played / "runs" / "played" / "asks", lambda: log_of(played, job))
+    cluster.call("scancel", str(job))
+    fields = cluster.wait(job, PATIENCE_S)
+    assert (fields["JobState"], fields["Restarts"]) == ("CANCELLED", "0")
+    assert said(played, job)[-1] == "0: saved at step 4; ended by scancel or by Slurm"
+    wait_until(lambda: not cluster.processes(SLURM_JOB_ID=str(job)), 5, lambda: str(cluster.processes()))
 
 
-def test_a_chain_goes_on_and_ends_with_the_run(cluster: Cluster, stand_in: Path) -> None:
-    assert chain(cluster, stand_in, "7_crash+9", 3) == [
+def test_a_chain_goes_on_and_ends_with_the_run(cluster: Cluster, played: Path) -> None:
+    assert chain(cluster, played, "7_crash+9", 3) == [
         ("1:0", "0: failed after step 7; the next job of the chain goes on"),
         ("0:0", "0: done"),
         ("0:0", "0: runs/played is done"),
@@ -301,8 +257,8 @@ def test_a_chain_goes_on_and_ends_with_the_run(cluster: Cluster, stand_in: Path)
 
 
 @pytest.mark.soak("chains on Slurm")
-def test_a_chain_ends_with_a_run_that_cannot_go_on(cluster: Cluster, stand_in: Path) -> None:
-    assert chain(cluster, stand_in, "4_preempted+hopeless+9", 4) == [
+def test_a_chain_ends_with_a_run_that_cannot_go_on(cluster: Cluster, played: Path) -> None:
+    assert chain(cluster, played, "4_preempted+hopeless+9", 4) == [
         ("75:0", "0: saved at step 4; the next job of the chain goes on"),
         ("3:0", "0: ended with exit code 3, not started again"),
         ("1:0", "0: the chain has ended, see the job before"),
@@ -319,28 +275,22 @@ def chain(cluster: Cluster, folder: Path, attempts: str, length: int) -> list[tu
     return [(cluster.wait(job, PATIENCE_S)["ExitCode"], said(folder, job)[-1]) for job in jobs]
 
 
-def test_a_sweep_is_an_array_of_runs(cluster: Cluster, stand_in: Path) -> None:
+def test_a_sweep_is_an_array_of_runs(cluster: Cluster, played: Path) -> None:
     """The second one is requeued, whose number is also the whole array's, while the first one runs."""
     sweep = ["run.name=wait_9,4_preempted+9", "run.notes='${run.name}'", "train.train_steps=9"]
-    array = cluster.submit("--array=0-1", "slurm/sweep.sbatch", *sweep, cwd=stand_in)
+    array = cluster.submit("--array=0-1", "slurm/sweep.sbatch", *sweep, cwd=played)
     tasks = [cluster.wait(f"{array}_{task}", PATIENCE_S) for task in range(2)]
     assert [(task["JobState"], task["Restarts"]) for task in tasks] == [("COMPLETED", "0"), ("COMPLETED", "1")]
     assert tasks[1]["JobId"] == str(array)
 
 
-def test_a_node_with_gpus_has_a_rank_for_each(cluster: Cluster, stand_in: Path) -> None:
-    """Though sbatch was not asked for GPUs: whole nodes have them."""
-    job = play(cluster, stand_in, "gpus+gpus", "--partition=gpu", "--nodelist=n3")
-    assert cluster.wait(job, PATIENCE_S)["JobState"] == "COMPLETED"
-    assert said(stand_in, job)[0].startswith("0: 1 nodes of 2 ranks, ")
-    ranks = sorted((stand_in / "runs" / "played").glob("gpus_*"))
-    assert [(path.name, path.read_text()) for path in ranks] == [("gpus_0", "2"), ("gpus_1", "2")]
+def test_a_node_has_a_rank_for_each_gpu_in_the_container(cluster: Cluster, played: Path) -> None:
+    """Though sbatch was not asked for GPUs: whole nodes have them.
 
-
-def test_a_step_runs_in_the_container(cluster: Cluster, stand_in: Path) -> None:
-    """pyxis adds options to srun; here one that notes them and leaves them out stands in for it."""
-    (stand_in / "bin").mkdir()
-    srun = stand_in / "bin" / "srun"
+    pyxis adds options to srun; here one that notes them and leaves them out stands in for it.
+    """
+    (played / "bin").mkdir()
+    srun = played / "bin" / "srun"
     srun.write_text(f"""#!{sys.executable}
 import os, sys
 with open("options", "a") as file:
@@ -348,12 +298,16 @@ with open("options", "a") as file:
 os.execv("{shutil.which("srun")}", ["srun", *(a for a in sys.argv[1:] if not a.startswith("--container"))])
 """)
     srun.chmod(0o755)
-    path = f"{stand_in}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    job = play(cluster, stand_in, "9", CONTAINER_IMAGE="my image", CONTAINER_MOUNTS="/data:/data", PATH=path)
-    assert cluster.wait(job, PATIENCE_S)["JobState"] == "COMPLETED", log_of(stand_in, job)
-    mounts = f"--container-mounts={stand_in}:{stand_in},/data:/data"
-    options = f"--container-image=my image {mounts} --container-workdir={stand_in}"
-    assert (stand_in / "options").read_text().splitlines() == [options] * 2
+    path = f"{played}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    container = {"CONTAINER_IMAGE": "my image", "CONTAINER_MOUNTS": "/data:/data", "PATH": path}
+    job = play(cluster, played, "gpus+gpus", "--partition=gpu", "--nodelist=n3", **container)
+    assert cluster.wait(job, PATIENCE_S)["JobState"] == "COMPLETED", log_of(played, job)
+    assert said(played, job)[0].startswith("0: 1 nodes of 2 ranks, ")
+    ranks = sorted((played / "runs" / "played").glob("gpus_*"))
+    assert [(path.name, path.read_text()) for path in ranks] == [("gpus_0", "2"), ("gpus_1", "2")]
+    mounts = f"--container-mounts={played}:{played},/data:/data"
+    options = f"--container-image=my image {mounts} --container-workdir={played}"
+    assert (played / "options").read_text().splitlines() == [options] * 2
 
 
 # --- Tokenizing

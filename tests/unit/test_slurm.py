@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from slurm.sweep import job_arguments
 from tests.helpers.cli import ROOT, run_cli
 from tests.helpers.training import TINY
 
+PRETRAIN = (ROOT / "slurm" / "pretrain.sbatch").read_text()
 LAYOUT = ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)  # 4 ranks
 
 
@@ -125,3 +128,27 @@ def test_a_rank_leaves_its_exit_code(tmp_path: Path) -> None:
     record_exit_code(75, {EXIT_CODES: str(tmp_path)})
     record_exit_code(75, {EXIT_CODES: str(tmp_path)})
     assert [path.name for path in tmp_path.iterdir()] == ["75"]
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        (["n2: task 1: Killed", "n1: task 0: Exited with exit code 1"], "of n2"),
+        (["Node failure on n2", "n1: task 0: Killed"], "of n2"),
+        (["n[1-2]: tasks 0-1: Exited with exit code 1"], "of n1"),
+        (["exit_codes: timed out", "srun: timed out", "slurm_receive_msg: n1", "n2: task 1: Killed"], "of n2"),
+        (["Unable to confirm allocation"], ""),
+    ],
+)
+def test_the_log_of_the_node_that_failed_is_shown(said: list[str], shown: str, tmp_path: Path) -> None:
+    """What srun says begins with other words too, which may be names of files."""
+    (tmp_path / "exit_codes").mkdir()
+    for node in ("n1", "n2"):
+        (tmp_path / f"{node}.log").write_text(f"of {node}\n")
+    errors = "".join(f"srun: error: {line}\n" for line in said)
+    (tmp_path / "srun.log").write_text(errors)
+    function = re.search(r"^show_failure\(\) \{.*?^\}", PRETRAIN, flags=re.DOTALL | re.MULTILINE)[0]
+    slurm = "scontrol() { if [[ $3 == 'n[1-2]' ]]; then echo n1 n2; else echo $3; fi; }"
+    script = f"set -euo pipefail; {slurm}; {function}; logs={tmp_path}; show_failure"
+    output = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert output == errors + (f"{shown}\n" if shown else "")

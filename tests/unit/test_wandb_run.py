@@ -1,6 +1,7 @@
 """A run at Weights & Biases, offline, read back; and wandb that fails or hangs."""
 
 import json
+import math
 import random
 import threading
 import time
@@ -15,6 +16,7 @@ from megatron_moe.config.schema import Config
 from megatron_moe.distributed import watchdog
 from megatron_moe.metrics import wandb_run
 from megatron_moe.metrics.wandb_run import WandbRun, heat_map
+from tests.helpers.cli import ROOT
 from tests.helpers.wandb import history, of_type, records, segments
 
 KEY = "0c1e5a7b" * 5
@@ -82,6 +84,16 @@ def test_heat_maps_come_at_intervals_and_losses_over_tokens(config: Config, tmp_
 def test_the_heat_map_of_a_large_model_is_small() -> None:
     load = [[round(random.random() * 2, 4) for _ in range(160)] for _ in range(60)]
     assert len(heat_map(load, 1, "expert").to_json()) < 100_000
+
+
+@pytest.mark.parametrize(("largest", "end"), [(1.5, 2.0), (6.0, 6.0)])
+def test_a_heat_map_has_the_colors_of_the_report(largest: float, end: float) -> None:
+    load = [[0.5, largest, math.nan]] * 3
+    cells = heat_map(load, 1, "expert").data[0]
+    assert (cells.zmin, cells.zmax) == (0, end)
+    assert [place for place, _ in cells.colorscale] == [0, 1 / end, 1]
+    script = (ROOT / "megatron_moe" / "report" / "page.js").read_text()
+    assert f'LOW = "{cells.colorscale[0][1]}", HIGH = "{cells.colorscale[2][1]}"' in script
 
 
 def test_the_user_is_told_of_skipped_steps_stalls_and_preemption(

@@ -54,9 +54,12 @@ def run(composed: DictConfig, restarts: int) -> int:
     except ConfigError as error:
         return fail(error)
     try:
-        if (world_size > 1 or restarts) and launch.launched_world_size(os.environ) is None:
+        if config.run.dry_run:
+            build_here(config, world_size)
+        elif (world_size > 1 or restarts) and launch.launched_world_size(os.environ) is None:
             return train_in_workers(config, world_size, restarts)
-        train_here(config, list(HydraConfig.get().overrides.task))
+        else:
+            train_here(config, list(HydraConfig.get().overrides.task))
     except (Exception, KeyboardInterrupt) as error:
         return exit_code(error, config)
     return 0
@@ -95,7 +98,8 @@ def load(composed: DictConfig) -> tuple[Config, int]:
     world_size = validate(config, launch.launched_world_size(os.environ))
     if is_sweep():
         check_own_runs(sys.argv[1:])
-    make_run_folder(config)
+    if not config.run.dry_run:
+        make_run_folder(config)
     return config, world_size
 
 
@@ -145,6 +149,17 @@ def train_in_workers(config: Config, world_size: int, restarts: int) -> int:
     else:
         code = launch.run_workers(command, world_size)
     return interrupted(config) if code == INTERRUPTED else code
+
+
+def build_here(config: Config, world_size: int) -> None:
+    """Build all ranks that differ in this process; others that a launcher may have started have nothing to do."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    quiet()
+    check_apex()
+    from megatron_moe.train.dry_run import dry_run
+
+    dry_run(config, world_size)
 
 
 def train_here(config: Config, overrides: list[str]) -> None:

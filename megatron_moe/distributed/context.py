@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_moe.config.derived import expert_tensor_parallel_size
 from megatron_moe.config.errors import ConfigError, Preempted
@@ -74,6 +75,30 @@ def distributed(
         _leave()
         raise
     _leave()  # not after an error: the other ranks do not answer, and what went wrong must be told
+
+
+@contextmanager
+def one_of_many(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[DistributedContext]:
+    """The groups of one rank as if all others were there, for a model on the meta device: nothing is communicated.
+
+    Args:
+        parallel: sizes of the groups, which fit `world_size`.
+        rank: whose groups.
+        world_size: of all ranks.
+
+    Yields:
+        The context; what is built within takes no memory.
+    """
+    cpu.install()
+    if not has_transformer_engine():
+        without_te.install()
+    dist.init_process_group(dist.Backend.FAKE, rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        with cpu.on_meta():
+            yield DistributedContext(rank, world_size, torch.device("meta"), _init_model_parallel(parallel))
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def _leave() -> None:

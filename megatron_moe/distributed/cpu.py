@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,6 +49,18 @@ def install() -> None:
         apply()
 
 
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Make tensors on the meta device, and let megatron-core's optimizer take them for the CPU's."""
+    names = {f"torch.{kind}Tensor": f"torch.meta.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
+    _rename_types(names)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _rename_types({meta: name for name, meta in names.items()})
+
+
 def _current_device() -> None:
     torch.cuda.current_device = torch.get_default_device  # the CPU, or "meta" where a model is only counted
 
@@ -59,7 +71,10 @@ def _device_literals() -> None:
 
 
 def _type_names() -> None:
-    names = {f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
+    _rename_types({f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")})
+
+
+def _rename_types(names: dict[str, str]) -> None:
     for function in TYPE_NAMES:
         _replace_constants(function, names)
 

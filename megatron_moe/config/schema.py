@@ -67,9 +67,8 @@ class RunConfig:
 
     `notes`: what is tried, in words.
 
-    `dry_run`: train nothing and write nothing, but build what each rank would hold, without its memory, and compare it
-    with the plan. Here alone, for as many ranks as the layout needs, `parallel.data_parallel_size` says or a launcher has
-    started.
+    `dry_run`: train and write nothing; build what each rank would hold, without its memory, and compare it with the
+    plan. In one process, for as many ranks as the layout needs, `parallel.data_parallel_size` says or a launcher started.
     """
 
     name: str = MISSING

@@ -68,7 +68,8 @@ class RunConfig:
     `notes`: what is tried, in words.
 
     `dry_run`: train and write nothing; build what each rank would hold, without its memory, and compare it with the
-    plan. In one process, for as many ranks as the layout needs, `parallel.data_parallel_size` says or a launcher started.
+    plan. In one process, for as many ranks as the layout needs, `parallel.data_parallel_size` says or a launcher has
+    started.
     """
 
     name: str = MISSING

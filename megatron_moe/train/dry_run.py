@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,9 +16,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from rich.console import Console
 from rich.table import Table
 
-from megatron_moe.checkpoint.compatibility import check_same_model, check_same_run, check_same_schedule
+from megatron_moe.checkpoint.compatibility import check_start
 from megatron_moe.checkpoint.coverage import Box, Layout, problems_of_coverage
-from megatron_moe.checkpoint.run_folder import find_checkpoint, plain, saved_config, saved_steps
 from megatron_moe.config.derived import expert_tensor_parallel_size
 from megatron_moe.config.errors import TrainingError
 from megatron_moe.config.schema import Config, DataKind, ParallelConfig
@@ -89,7 +87,7 @@ def dry_run(config: Config, world_size: int) -> None:
         ConfigError: the run's folder, or that of `checkpoint.init_from`, holds checkpoints that do not fit.
         TrainingError: what is built differs from the plan.
     """
-    check_checkpoints(config)
+    check_start(config)
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"dry run of {describe_layout(config.parallel, world_size)}", markup=False)
     stages = build_stages(config, world_size)
@@ -100,21 +98,6 @@ def dry_run(config: Config, world_size: int) -> None:
     if config.data.kind is DataKind.blend and not config.data.train:
         console.print("data.train=[]: the run itself needs at least one {path: PREFIX, weight: W}", markup=False)
     console.print(f"dry run: {world_size:,} ranks, {len(found):,} distinct, all as planned", markup=False)
-
-
-def check_checkpoints(config: Config) -> None:
-    """Refuse what a start would refuse of the checkpoints that it would go on from.
-
-    Raises:
-        ConfigError: they are of another model, or the run has trained with other options.
-    """
-    if saved := saved_steps(Path(config.run.dir) / "checkpoints"):
-        options = plain(saved_config(saved[-1]))
-        check_same_run(options, config)
-        check_same_schedule(options, config)
-    elif config.checkpoint.init_from is not None:
-        source = find_checkpoint(Path(config.checkpoint.init_from))
-        check_same_model(saved_config(source).model, config.model, source)
 
 
 def build_stages(config: Config, world_size: int) -> list[Stage]:

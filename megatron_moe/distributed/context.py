@@ -81,6 +81,8 @@ def distributed(
 def one_of_many(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[DistributedContext]:
     """The groups of one rank as if all others were there, for a model on the meta device: nothing is communicated.
 
+    No GPU and no Transformer Engine is used, here or later in this process.
+
     Args:
         parallel: sizes of the groups, which fit `world_size`.
         rank: whose groups.
@@ -90,8 +92,7 @@ def one_of_many(parallel: ParallelConfig, rank: int, world_size: int) -> Iterato
         The context; what is built within takes no memory.
     """
     cpu.install()
-    if not has_transformer_engine():
-        without_te.install()
+    without_te.install()
     dist.init_process_group(dist.Backend.FAKE, rank=rank, world_size=world_size, store=FakeStore())
     try:
         with cpu.on_meta():

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import optimizer as mcore_optimizer
 from megatron.core import utils
 from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
@@ -51,14 +52,20 @@ def install() -> None:
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Make tensors on the meta device, and let megatron-core's optimizer take them for the CPU's."""
+    """Make tensors on the meta device, and let megatron-core's optimizer take them for a CPU's.
+
+    It is PyTorch's, also where Transformer Engine or Apex have one, which would begin to use a GPU.
+    """
+    is_pytorch = mcore_optimizer.USING_PYTORCH_OPTIMIZER
     names = {f"torch.{kind}Tensor": f"torch.meta.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
+    mcore_optimizer.USING_PYTORCH_OPTIMIZER = True
     _rename_types(names)
     try:
         with torch.device("meta"):
             yield
     finally:
         _rename_types({meta: name for name, meta in names.items()})
+        mcore_optimizer.USING_PYTORCH_OPTIMIZER = is_pytorch
 
 
 def _current_device() -> None:

@@ -1,11 +1,16 @@
 """`run.dry_run=true`: what megatron-core gives each rank is what is planned, and what is not is told."""
 
+import copy
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 
+from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import CONF_DIR, compose_config
+from megatron_moe.config.rules import lookup
+from megatron_moe.config.schema import Attention, Dtype
 from megatron_moe.config.validate import validate
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import MLA, TINY
@@ -49,6 +54,79 @@ def dry_runs(commands: list[list[str]]) -> None:
 
 def test_layouts() -> None:
     run_ranks(dry_runs, 1, [[*TINY, *overrides] for overrides in LAYOUTS.values()])
+
+
+def dry_run_beside_gpu_packages() -> None:
+    """As on a cluster: the packages for GPUs are there, and must not be used."""
+    from megatron.core import optimizer
+    from megatron.core.transformer import multi_latent_attention
+
+    from megatron_moe.distributed import context
+
+    context.has_transformer_engine = lambda: True
+    multi_latent_attention.TELinear = type("TELinear", (), {})
+    optimizer.USING_PYTORCH_OPTIMIZER, optimizer.Adam = False, None
+    dry_runs([[*TINY, *LAYOUTS["vpp_mla"]]])
+    assert not optimizer.USING_PYTORCH_OPTIMIZER
+
+
+def test_gpu_packages_are_left_alone() -> None:
+    run_ranks(dry_run_beside_gpu_packages, 1)
+
+
+# What is drawn from, for random layouts; most of what is drawn is refused.
+CHOICES = {
+    "model.num_layers": (2, 3, 5, 8),
+    "model.num_dense_layers": (0, 1, 2),
+    "model.hidden_size": (30, 32, 64),
+    "model.num_attention_heads": (1, 3, 4, 8),
+    "model.vocab_size": (251, 256, 260),
+    "model.num_experts": (1, 2, 3, 6, 8, 12),
+    "model.num_shared_experts": (0, 1, 3),
+    "model.router_topk": (1, 2),
+    "model.expert_ffn_hidden_size": (5, 16, 33),
+    "model.attention": tuple(Attention),
+    "model.q_lora_rank": (None, 7, 16),
+    "model.yarn.rotary_scaling_factor": (None, None, 4.0),
+    "parallel.tensor_model_parallel_size": (1, 2, 3, 4),
+    "parallel.pipeline_model_parallel_size": (1, 2, 3, 4),
+    "parallel.virtual_pipeline_model_parallel_size": (1, 1, 2, 3),
+    "parallel.context_parallel_size": (1, 1, 2, 3),
+    "parallel.expert_model_parallel_size": (1, 2, 3, 4, 8),
+    "parallel.expert_tensor_parallel_size": (None, 1, 2, 4),
+    "parallel.data_parallel_size": (None, 2, 3, 7, 64),
+    "data.sequence_length": (32, 144),
+    "precision.dtype": tuple(Dtype),
+}
+
+
+def dry_runs_at_random(seed: int, count: int) -> None:
+    """Of layouts that config/validate.py accepts."""
+    from megatron_moe.train.dry_run import dry_run
+
+    plain = compose_config([*TINY, "train.global_batch_size=4032", "run.dry_run=true"])  # 4032: of many divisors
+    random = Random(seed)
+    while count:
+        config = copy.deepcopy(plain)
+        drawn = {option: random.choice(values) for option, values in CHOICES.items()}
+        for option, value in drawn.items():
+            group, _, name = option.rpartition(".")
+            setattr(lookup(config, group), name, value)
+        try:
+            world_size = validate(config, None)
+        except ConfigError:
+            continue
+        try:
+            dry_run(config, world_size)
+        except Exception as error:
+            raise AssertionError(f"{world_size} ranks of {drawn}") from error
+        count -= 1
+
+
+@pytest.mark.soak("dry run of random layouts")
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_accepted_can_be_built(seed: int) -> None:
+    run_ranks(dry_runs_at_random, 1, seed, 40)
 
 
 def params_of_experiments() -> dict[str, tuple[list[int], list[int]]]:

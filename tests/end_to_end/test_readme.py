@@ -34,13 +34,15 @@ def test_the_readme_has_its_commands() -> None:
 
 
 def shortened(command: str, name: str) -> str:
-    """Training for two steps on little data; of a sweep two jobs; a small benchmark."""
+    """Training for two steps on little data; of a sweep two jobs; a small benchmark; a dry run of few layers."""
     if "benchmark.py data" in command:
         return f"{command} --megabytes 1 --documents 1e4 --repeat 1 --steps 1"
     if "benchmark.py checkpoint" in command:
         return f"{command} --hidden-size 64 --repeat 1"
     if "analyze_experts.py" in command:
         return f"{command} --num-samples 8"
+    if "run.dry_run" in command:
+        return f"{command} model.num_layers=4 parallel.pipeline_model_parallel_size=2"
     if "pretrain.py" not in command or "--cfg" in command:
         return command
     if "--multirun" in command:

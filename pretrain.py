@@ -1,8 +1,9 @@
 """Pretrain a DeepSeekMoE: `python pretrain.py [GROUP=CHOICE] [OPTION=VALUE] ...`.
 
 Alone, it starts as many workers on this host as the layout needs; under torchrun or srun it joins them.
-`--cfg job --resolve` prints the configuration. With `--auto-restart N`, workers on this host that fail are
-started again, at most N times, and fewer if three attempts in a row end without a new checkpoint.
+`--cfg job --resolve` prints the configuration, and `run.dry_run=true` builds what the ranks would hold and ends.
+With `--auto-restart N`, workers on this host that fail are started again, at most N times, and fewer if three attempts
+in a row end without a new checkpoint.
 
 SIGTERM and SIGUSR1, to this process or to any worker: the step is finished and saved. Exit codes:
 

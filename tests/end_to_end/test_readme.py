@@ -41,14 +41,13 @@ def shortened(command: str, name: str) -> str:
         return f"{command} --hidden-size 64 --repeat 1"
     if "analyze_experts.py" in command:
         return f"{command} --num-samples 8"
-    if "run.dry_run" in command:
-        return f"{command} model.num_layers=4 parallel.pipeline_model_parallel_size=2"
     if "pretrain.py" not in command or "--cfg" in command:
         return command
     if "--multirun" in command:
         one_seed = re.sub(r"(seed=\d)\S*", r"\1", command)
         return re.sub(r"(model=\w+),\S*,(\w+)", r"\1,\2", one_seed) + f" {SHORTEN}"
-    return f"{command} {SHORTEN} run.name={name}"
+    few_layers = "model.num_layers=4 parallel.pipeline_model_parallel_size=2" if "run.dry_run" in command else ""
+    return f"{command} {SHORTEN} {few_layers} run.name={name}"
 
 
 @pytest.mark.parametrize(

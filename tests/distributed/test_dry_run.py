@@ -19,7 +19,6 @@ RECIPES = sorted(path.stem for path in (CONF_DIR / "experiment").glob("*.yaml"))
 # Data-parallel ranks: of slurm/README.md and PAPER.md, and on 1,024 GPUs.
 FULL_SIZE = [
     ("deepseekmoe_2b", 64),
-    ("deepseekmoe_2b", 1024),
     ("deepseekmoe_16b", 64),
     ("deepseekmoe_16b", 512),
     ("deepseekmoe_145b", 16),

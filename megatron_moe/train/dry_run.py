@@ -206,12 +206,12 @@ def problems_of_tensors(config: Config, built: Iterable[Built]) -> list[str]:
 def _table(config: Config, stages: list[Stage]) -> Table:
     table = Table("stage", "ranks", "layers", "parameters", "planned", "GiB", "planned", box=None)
     for number, stage in enumerate(stages):
-        ranks = [rank for place in stage.places for rank in place.ranks]
+        ranks = sorted(rank for place in stage.places for rank in place.ranks)
         _, layers, _ = stage.places[0].describe(config.model)
         first = next(iter(stage.built.values()))
         table.add_row(
             str(number),
-            f"{min(ranks)}-{max(ranks)}",
+            f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0]),
             layers,
             f"{first.params.total:,}",
             f"{stage.params.total:,}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from megatron_moe.distributed import cpu, deterministic, launch, without_te
 from megatron_moe.distributed.accelerators import has_transformer_engine
 
 T = TypeVar("T")
+
+CREATE_GROUP = parallel_state.create_group
+LIST_GROUPS = parallel_state.generate_masked_orthogonal_rank_groups
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def one_of_many(parallel: ParallelConfig, rank: int, world_size: int) -> Iterato
     """
     cpu.install()
     without_te.install()
+    _make_own_groups_only()
     dist.init_process_group(dist.Backend.FAKE, rank=rank, world_size=world_size, store=FakeStore())
     try:
         with cpu.on_meta():
@@ -100,6 +105,21 @@ def one_of_many(parallel: ParallelConfig, rank: int, world_size: int) -> Iterato
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+def _make_own_groups_only() -> None:
+    """Of a thousand ranks megatron-core lists and makes thousands of groups, for each rank anew: most of a dry run."""
+    parallel_state.generate_masked_orthogonal_rank_groups = lambda world_size, sizes, mask: _listed(
+        world_size, tuple(sizes), tuple(mask)
+    )
+    parallel_state.create_group = lambda ranks, **options: (
+        CREATE_GROUP(ranks, **options) if dist.get_rank() in ranks else dist.GroupMember.NON_GROUP_MEMBER
+    )
+
+
+@functools.cache
+def _listed(world_size: int, sizes: tuple[int, ...], mask: tuple[bool, ...]) -> list[list[int]]:
+    return LIST_GROUPS(world_size, list(sizes), list(mask))
 
 
 def _leave() -> None:

@@ -1,8 +1,9 @@
 """Pretrain a DeepSeekMoE: `python pretrain.py [GROUP=CHOICE] [OPTION=VALUE] ...`.
 
 Alone, it starts as many workers on this host as the layout needs; under torchrun or srun it joins them.
-`--cfg job --resolve` prints the configuration. With `--auto-restart N`, workers on this host that fail are
-started again, at most N times, and fewer if three attempts in a row end without a new checkpoint.
+`--cfg job --resolve` prints the configuration, and `run.dry_run=true` builds what the ranks would hold and ends.
+With `--auto-restart N`, workers on this host that fail are started again, at most N times, and fewer if three attempts
+in a row end without a new checkpoint.
 
 SIGTERM and SIGUSR1, to this process or to any worker: the step is finished and saved. Exit codes:
 
@@ -55,9 +56,12 @@ def run(composed: DictConfig, restarts: int) -> int:
     except ConfigError as error:
         return fail(error)
     try:
-        if (world_size > 1 or restarts) and launch.launched_world_size(os.environ) is None:
+        if config.run.dry_run:
+            build_here(config, world_size)
+        elif (world_size > 1 or restarts) and launch.launched_world_size(os.environ) is None:
             return train_in_workers(config, world_size, restarts)
-        train_here(config, list(HydraConfig.get().overrides.task))
+        else:
+            train_here(config, list(HydraConfig.get().overrides.task))
     except (Exception, KeyboardInterrupt) as error:
         return exit_code(error, config)
     return 0
@@ -96,7 +100,8 @@ def load(composed: DictConfig) -> tuple[Config, int]:
     world_size = validate(config, launch.launched_world_size(os.environ))
     if is_sweep():
         check_own_runs(sys.argv[1:])
-    make_run_folder(config)
+    if not config.run.dry_run:
+        make_run_folder(config)
     return config, world_size
 
 
@@ -148,6 +153,17 @@ def train_in_workers(config: Config, world_size: int, restarts: int) -> int:
     else:
         code = launch.run_workers(command, world_size)
     return interrupted(config) if code == INTERRUPTED else code
+
+
+def build_here(config: Config, world_size: int) -> None:
+    """Build all ranks that differ in this process; others that a launcher may have started have nothing to do."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    quiet()
+    check_apex()
+    from megatron_moe.train.dry_run import dry_run
+
+    dry_run(config, world_size)
 
 
 def train_here(config: Config, overrides: list[str]) -> None:

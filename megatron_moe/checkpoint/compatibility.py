@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.checkpoint.run_folder import plain
+from megatron_moe.checkpoint.run_folder import find_checkpoint, plain, saved_config, saved_steps
 from megatron_moe.config.derived import source_name
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import from_plain
@@ -43,6 +43,21 @@ FREE_OPTIONS = {
     "undropped_fraction",
     "yarn",
 }
+
+
+def check_start(config: Config) -> None:
+    """Refuse, without loading them, checkpoints that a run would go on from and whose options do not fit.
+
+    Raises:
+        ConfigError: with one line per option that differs.
+    """
+    if saved := saved_steps(Path(config.run.dir) / "checkpoints"):
+        options = plain(saved_config(saved[-1]))
+        check_same_run(options, config)
+        check_same_schedule(options, config)
+    elif config.checkpoint.init_from is not None:
+        source = find_checkpoint(Path(config.checkpoint.init_from))
+        check_same_model(saved_config(source).model, config.model, source)
 
 
 def check_same_model(saved: ModelConfig, expected: ModelConfig, checkpoint: Path) -> None:

@@ -66,11 +66,16 @@ class RunConfig:
     """Where a run lives. `name` has no clock in it: every rank, and every restart, must find the same folder.
 
     `notes`: what is tried, in words.
+
+    `dry_run`: train and write nothing; build what each rank would hold, without its memory, and compare it with the
+    plan. In one process, for as many ranks as the layout needs, `parallel.data_parallel_size` says or a launcher has
+    started.
     """
 
     name: str = MISSING
     notes: str | None = None
     dir: str = "runs/${run.name}"
+    dry_run: bool = False
 
 
 @dataclass(kw_only=True)

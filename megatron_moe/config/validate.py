@@ -236,7 +236,7 @@ def _data(config: Config) -> Iterator[str]:
                 "entries (256 bytes and the special tokens)"
             )
     if data.kind is DataKind.blend:
-        if not data.train:
+        if not data.train and not config.run.dry_run:
             yield "data.train=[]: data=blend needs at least one {path: PREFIX, weight: W}"
         for name in ("train", "valid", "test"):
             yield from _source_problems(f"data.{name}", getattr(data, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_moe.config.derived import expert_tensor_parallel_size
 from megatron_moe.config.errors import ConfigError, Preempted
@@ -22,6 +24,9 @@ from megatron_moe.distributed import cpu, deterministic, in_place, launch, witho
 from megatron_moe.distributed.accelerators import has_transformer_engine
 
 T = TypeVar("T")
+
+CREATE_GROUP = parallel_state.create_group
+LIST_GROUPS = parallel_state.generate_masked_orthogonal_rank_groups
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,47 @@ def distributed(
         _leave()
         raise
     _leave()  # not after an error: the other ranks do not answer, and what went wrong must be told
+
+
+@contextmanager
+def one_of_many(parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[DistributedContext]:
+    """The groups of one rank as if all others were there, for a model on the meta device: nothing is communicated.
+
+    No GPU and no Transformer Engine is used, here or later in this process.
+
+    Args:
+        parallel: sizes of the groups, which fit `world_size`.
+        rank: whose groups.
+        world_size: of all ranks.
+
+    Yields:
+        The context; what is built within takes no memory.
+    """
+    cpu.install()
+    without_te.install()
+    _make_own_groups_only()
+    dist.init_process_group(dist.Backend.FAKE, rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        with cpu.on_meta():
+            yield DistributedContext(rank, world_size, torch.device("meta"), _init_model_parallel(parallel))
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _make_own_groups_only() -> None:
+    """Of a thousand ranks megatron-core lists and makes thousands of groups, for each rank anew: most of a dry run."""
+    parallel_state.generate_masked_orthogonal_rank_groups = lambda world_size, sizes, mask: _listed(
+        world_size, tuple(sizes), tuple(mask)
+    )
+    parallel_state.create_group = lambda ranks, **options: (
+        CREATE_GROUP(ranks, **options) if dist.get_rank() in ranks else dist.GroupMember.NON_GROUP_MEMBER
+    )
+
+
+@functools.cache
+def _listed(world_size: int, sizes: tuple[int, ...], mask: tuple[bool, ...]) -> list[list[int]]:
+    return LIST_GROUPS(world_size, list(sizes), list(mask))
 
 
 def _leave() -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import optimizer as mcore_optimizer
 from megatron.core import utils
-from megatron.core.models.common.embeddings import rotary_pos_embedding
+from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel import mappings
@@ -49,6 +50,24 @@ def install() -> None:
         apply()
 
 
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Make tensors on the meta device, and let megatron-core's optimizer take them for a CPU's.
+
+    It is PyTorch's, also where Transformer Engine or Apex have one, which would begin to use a GPU.
+    """
+    is_pytorch = mcore_optimizer.USING_PYTORCH_OPTIMIZER
+    names = {f"torch.{kind}Tensor": f"torch.meta.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
+    mcore_optimizer.USING_PYTORCH_OPTIMIZER = True
+    _rename_types(names)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _rename_types({meta: name for name, meta in names.items()})
+        mcore_optimizer.USING_PYTORCH_OPTIMIZER = is_pytorch
+
+
 def _current_device() -> None:
     torch.cuda.current_device = torch.get_default_device  # the CPU, or "meta" where a model is only counted
 
@@ -59,7 +78,10 @@ def _device_literals() -> None:
 
 
 def _type_names() -> None:
-    names = {f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")}
+    _rename_types({f"torch.cuda.{kind}Tensor": f"torch.{kind}Tensor" for kind in ("Float", "Half", "BFloat16")})
+
+
+def _rename_types(names: dict[str, str]) -> None:
     for function in TYPE_NAMES:
         _replace_constants(function, names)
 
@@ -95,7 +117,8 @@ def _pinned_positions() -> None:
         chunks = pos_emb.chunk(2 * size, dim=seq_dim)
         return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]), dim=seq_dim)
 
-    rotary_pos_embedding.get_pos_emb_on_this_cp_rank = slice_for_rank
+    for module in (rotary_pos_embedding, yarn_rotary_pos_embedding):
+        module.get_pos_emb_on_this_cp_rank = slice_for_rank
 
 
 def _split_sizes() -> None:

@@ -30,7 +30,7 @@ def build_model(
     Args:
         config: validated.
         pg_collection: groups of this rank.
-        device: where parameters live.
+        device: where parameters live; on the meta device there is nothing to initialize.
     """
     mcore_config = transformer_config(
         config,
@@ -38,8 +38,9 @@ def build_model(
         fused_weight_gradient=device.type == "cuda" and has_fused_weight_gradient(),
     )
     chunks = build_chunks(config, mcore_config, pg_collection, device)
-    for chunk in chunks:
-        initialize(chunk, seed=config.train.seed, std=config.model.init_method_std)
+    if device.type != "meta":
+        for chunk in chunks:
+            initialize(chunk, seed=config.train.seed, std=config.model.init_method_std)
     chunks = in_precision(chunks, mcore_config)
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False

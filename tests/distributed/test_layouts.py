@@ -89,11 +89,16 @@ def test_reference_moves(single: dict) -> None:
     assert min(m["train/device_balance_loss"] for m in single["metrics"]) > 0
 
 
-@pytest.mark.parametrize("layout", ["parallel=tp2_ep2", "parallel=pp2_ep2", "parallel=cp2"])
-def test_latent_attention(layout: str) -> None:
+YARN = ["model.yarn.rotary_scaling_factor=4", "model.yarn.original_max_position_embeddings=16"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "positions"), [("tp2_ep2", []), ("pp2_ep2", []), ("cp2", YARN)], ids=["tp2_ep2", "pp2_ep2", "cp2_yarn"]
+)
+def test_latent_attention(layout: str, positions: list[str]) -> None:
     world_size = 4 if "pp2" in layout else 2
-    reference = run_ranks(train_tiny, 1, MLA)[0]
-    compare(run_ranks(train_tiny, world_size, [*MLA, layout]), reference)
+    reference = run_ranks(train_tiny, 1, [*MLA, *positions])[0]
+    compare(run_ranks(train_tiny, world_size, [*MLA, *positions, f"parallel={layout}"]), reference)
 
 
 # What is dispatched together shares a budget: two expert-parallel ranks' micro batches of 2, as one rank's of 4.

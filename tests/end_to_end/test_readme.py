@@ -34,7 +34,7 @@ def test_the_readme_has_its_commands() -> None:
 
 
 def shortened(command: str, name: str) -> str:
-    """Training for two steps on little data; of a sweep two jobs; a small benchmark."""
+    """Training for two steps on little data; of a sweep two jobs; a small benchmark; a dry run of few layers."""
     if "benchmark.py data" in command:
         return f"{command} --megabytes 1 --documents 1e4 --repeat 1 --steps 1"
     if "benchmark.py checkpoint" in command:
@@ -46,7 +46,8 @@ def shortened(command: str, name: str) -> str:
     if "--multirun" in command:
         one_seed = re.sub(r"(seed=\d)\S*", r"\1", command)
         return re.sub(r"(model=\w+),\S*,(\w+)", r"\1,\2", one_seed) + f" {SHORTEN}"
-    return f"{command} {SHORTEN} run.name={name}"
+    few_layers = "model.num_layers=4 parallel.pipeline_model_parallel_size=2" if "run.dry_run" in command else ""
+    return f"{command} {SHORTEN} {few_layers} run.name={name}"
 
 
 @pytest.mark.parametrize(

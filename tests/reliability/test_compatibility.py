@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moe.checkpoint.compatibility import changed_options, check_same_run, check_same_schedule
+from megatron_moe.checkpoint.compatibility import changed_options, check_same_run, check_same_schedule, check_start
 from megatron_moe.checkpoint.run_folder import plain
 from megatron_moe.checkpoint.state import TrainState
 from megatron_moe.config.errors import ConfigError
@@ -162,3 +162,18 @@ def test_random_numbers_go_on_where_there_are_as_many_ranks(tmp_path: Path) -> N
     assert run_ranks(load_random, 2, "dp2", str(tmp_path)) == [(1, numbers) for numbers in saved]
     torch.manual_seed(7)
     assert run_ranks(load_random, 1, "single", str(tmp_path)) == [(1, torch.randint(10**9, (4,)).tolist())]
+
+
+def test_a_dry_run_refuses_what_a_start_would(tmp_path: Path) -> None:
+    config = tiny_config(f"run.dir={tmp_path}")
+    checkpoint = tmp_path / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"config": plain(config)}))
+    check_start(config)
+    for options, problem in (
+        ([f"run.dir={tmp_path}", "model.hidden_size=128"], "model.hidden_size=128: .* was trained with 64"),
+        ([f"run.dir={tmp_path}", "optimizer.lr=0.5"], "optimizer.lr=0.5: .* another learning-rate schedule"),
+        (["run.dir=new", f"checkpoint.init_from={tmp_path}", "model.hidden_size=128"], "hidden_size=128: .* has 64"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            check_start(tiny_config(*options))

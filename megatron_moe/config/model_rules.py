@@ -86,8 +86,8 @@ def _forced_routing(config: Config) -> Iterator[str]:
         yield f"model.forced_routing={forced.value}: model.routing=hash is forced already; model.routing=topk"
     if forced is ForcedRouting.skewed and config.parallel.expert_model_parallel_size == 1:
         yield (
-            "model.forced_routing=skewed: needs parallel.expert_model_parallel_size of at least 2; one rank has all the "
-            "load in any case"
+            "model.forced_routing=skewed: needs parallel.expert_model_parallel_size of at least 2; one rank has all "
+            "the load in any case"
         )
 
 

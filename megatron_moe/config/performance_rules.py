@@ -1,7 +1,7 @@
 """Rules between the options that make a run smaller or faster. Pure; imports no torch.
 
-What megatron-core 0.16.1 would assert (transformer_config.py, `__post_init__`) is said here, in words, before anything is
-built; and what it would silently compute wrongly. What depends on the machine: model/acceleration.py.
+What megatron-core 0.16.1 would assert (transformer_config.py, `__post_init__`) is said here, in words, before anything
+is built; and what it would silently compute wrongly. What depends on the machine: model/acceleration.py.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _precision(config: Config) -> Iterator[str]:
     for option, size in _matrix_sizes(config):
         if size % multiple:
             yield (
-                f"precision.fp8_recipe={_text(precision.fp8_recipe)}: multiplies matrices with sides that are multiples "
-                f"of {multiple}; {option} is {size} on a rank"
+                f"precision.fp8_recipe={_text(precision.fp8_recipe)}: multiplies matrices with sides that are "
+                f"multiples of {multiple}; {option} is {size} on a rank"
             )
 
 
@@ -216,10 +216,8 @@ def _expert_parallel_overlap(config: Config) -> Iterator[str]:
         yield f"{option}: needs precision.dtype=bf16"
     if config.recompute.granularity is FULL:
         yield f"{option}: not with recompute.granularity=full, which computes a layer as a whole"
-    # Its schedule calls the parts of a layer one by one, past what would recompute them.
-    by_themselves = [m for m in (RecomputeModule.moe, RecomputeModule.mlp) if m in modules]
-    if by_themselves:
-        yield f"{option}: not with recompute.modules={_names(modules)}; {_names(by_themselves)} would not be recomputed"
+    if RecomputeModule.moe in modules:  # the schedule calls the parts of an MoE layer one by one
+        yield f"{option}: not with recompute.modules={_names(modules)}; moe would not be recomputed"
     if overlap.moe_shared_expert_overlap:
         yield f"{option}: not with overlap.moe_shared_expert_overlap=True"
     if config.kernels.cuda_graph_scope:

@@ -165,8 +165,8 @@ class ModelConfig:
     dropped in training, but none of a share `undropped_fraction` of the sequences (DeepSeek-V2, arXiv:2405.04434, 2.2).
     Null: nothing is dropped. The tables of `routing=hash` follow from `hash_seed`.
 
-    `forced_routing` is for measurements only: tokens go where it says and the model learns nothing of use. Skewed is the
-    most that memory and communication may be asked for; dropping still applies.
+    `forced_routing` is for measurements only: tokens go where it says and the model learns nothing of use. Skewed is
+    the most that memory and communication may be asked for; dropping still applies.
     """
 
     name: str = MISSING

@@ -219,6 +219,7 @@ def _num_samples(run: Run, source: HeldOut) -> int:
 
 def _evaluate(run: Run) -> Metrics:
     """Of the validation sets, and at the end of the training of the test sets."""
+    run.pipeline.gather_weights()
     metrics = _losses(run, "valid", run.datasets.valid)
     if run.state.step == run.config.train.train_steps:
         metrics |= _losses(run, "test", run.datasets.test)
@@ -251,10 +252,10 @@ def _save(run: Run, agreement: Agreement) -> None:
     """
     if agreement.saved:
         run.saving.go_on()
-    if run.state.step == run.last_step or agreement.stop:
-        run.saving.save_last(run.state)
-    elif run.is_due(run.config.checkpoint.save_interval):
-        run.saving.save(run.state)
+    is_last = run.state.step == run.last_step or agreement.stop
+    if is_last or run.is_due(run.config.checkpoint.save_interval):
+        run.pipeline.gather_weights()
+        (run.saving.save_last if is_last else run.saving.save)(run.state)
     if agreement.stop and run.state.step < run.last_step:
         raise Preempted(run.state.step)
 

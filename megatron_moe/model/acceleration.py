@@ -21,7 +21,6 @@ from megatron_moe.model.layer_spec import use_transformer_engine
 
 FUSIONS = tuple(option.name for option in fields(KernelsConfig) if option.name.endswith("_fusion"))
 PACKAGES = {Dispatcher.deepep: "deep_ep", Dispatcher.hybridep: "deep_ep"}
-OUTPUT_DISCARDED = (RecomputeModule.layernorm, RecomputeModule.moe_act, RecomputeModule.mla_up_proj)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +103,8 @@ def _without_transformer_engine(config: Config, here: str) -> Iterator[str]:
         yield f"precision.fp8={config.precision.fp8.value}: needs Transformer Engine ({here}); null"
     if config.overlap.delay_wgrad_compute:
         yield f"overlap.delay_wgrad_compute=True: needs Transformer Engine ({here}); False"
-    for module in config.recompute.modules:
-        if module in OUTPUT_DISCARDED:
-            # megatron-core 0.16.1 enters Transformer Engine's contexts for them (tensor_parallel/random.py:587, 645).
-            yield f"recompute.modules: {module.value} needs Transformer Engine ({here}); leave it out"
+    if RecomputeModule.moe_act in config.recompute.modules:
+        yield f"recompute.modules: moe_act needs Transformer Engine's grouped experts ({here}); moe, or leave it out"
 
 
 def _old_transformer_engine(config: Config) -> Iterator[str]:

@@ -14,6 +14,7 @@ from megatron_moe.metrics.throughput import format_duration
 from megatron_moe.metrics.wandb_run import WandbRun
 
 Metrics = dict[str, Any]
+FORCED_ROUTING = "moe/forced_routing"  # a metric of measurements only
 
 
 class MetricLogger:
@@ -62,7 +63,8 @@ def progress_line(step: int, total_steps: int, metrics: Metrics) -> str:
     left = (total_steps - step) * metrics["speed/step_time_s"]
     return (
         f"step {step:>{len(str(total_steps))}}/{total_steps}"
-        f" | lm_loss {metrics['train/lm_loss']:.4f}"
+        + (f" | FORCED ROUTING, {metrics[FORCED_ROUTING]}" if FORCED_ROUTING in metrics else "")
+        + f" | lm_loss {metrics['train/lm_loss']:.4f}"
         f"{_routing_text(metrics)}"
         f" | lr {metrics['train/lr']:.2e}"
         f" | grad norm {metrics['train/grad_norm']:.3f}"

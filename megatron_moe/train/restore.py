@@ -67,9 +67,14 @@ def restored(folder: Path) -> Iterator[RestoredRun]:
     """Build the model of a run in this process and load its newest checkpoint, of any layout.
 
     Raises:
-        ConfigError: the folder is no run, or holds no checkpoint.
+        ConfigError: the folder is no run, holds no checkpoint, or one of forced routing.
     """
     config = read_config(folder)
+    if config.model.forced_routing is not None:
+        raise ConfigError(
+            f"{folder}: model.forced_routing={config.model.forced_routing.value} was for measurements only, the model "
+            "learned nothing; give another run"
+        )
     checkpoint = find_checkpoint(folder)
     with distributed(config.parallel) as context:
         mcore_config = transformer_config(config, accelerators_of(context.device))

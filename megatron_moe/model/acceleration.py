@@ -20,6 +20,7 @@ from megatron_moe.distributed.accelerators import has_fused_weight_gradient
 from megatron_moe.model.layer_spec import use_transformer_engine
 
 FUSIONS = tuple(option.name for option in fields(KernelsConfig) if option.name.endswith("_fusion"))
+FP8_VERSION = "2.6.0"  # of Transformer Engine; below it, not all recipes and not with what is computed again
 PACKAGES = {Dispatcher.deepep: "deep_ep", Dispatcher.hybridep: "deep_ep"}
 
 
@@ -30,6 +31,7 @@ class Accelerators:
     Attributes:
         gpu: it has one.
         transformer_engine: and Transformer Engine.
+        fp8: of a version that has all that we use in fp8.
         fused_weight_gradient: and Apex's kernel that accumulates weight gradients in place.
         fusions: options of `KernelsConfig` that there are kernels for.
         dispatchers: that are installed.
@@ -37,6 +39,7 @@ class Accelerators:
 
     gpu: bool = False
     transformer_engine: bool = False
+    fp8: bool = False
     fused_weight_gradient: bool = False
     fusions: frozenset[str] = frozenset()
     dispatchers: frozenset[Dispatcher] = frozenset({Dispatcher.alltoall})
@@ -56,9 +59,11 @@ def accelerators_of(device: torch.device) -> Accelerators:
         "cross_entropy_loss_fusion": language_module.te_parallel_cross_entropy,
         "bias_activation_fusion": torch.compile,
     }
+    with_te = use_transformer_engine()
     return Accelerators(
         gpu=True,
-        transformer_engine=use_transformer_engine(),
+        transformer_engine=with_te,
+        fp8=with_te and is_te_min_version(FP8_VERSION),
         fused_weight_gradient=has_fused_weight_gradient(),
         fusions=frozenset(name for name, kernel in kernels.items() if kernel is not None),
         dispatchers=frozenset(d for d in Dispatcher if d not in PACKAGES or find_spec(PACKAGES[d])),
@@ -84,34 +89,25 @@ def _problems(config: Config, accelerators: Accelerators) -> Iterator[str]:
             yield f"kernels.{name}=True: there is no kernel for it ({here}); null or False"
     if kernels.dispatcher not in accelerators.dispatchers:
         yield (
-            f"kernels.dispatcher={kernels.dispatcher.value}: needs a GPU and the package {PACKAGES[kernels.dispatcher]} "
-            f"({here}); kernels.dispatcher=alltoall"
+            f"kernels.dispatcher={kernels.dispatcher.value}: needs a GPU and the package "
+            f"{PACKAGES[kernels.dispatcher]} ({here}); kernels.dispatcher=alltoall"
         )
     if kernels.cuda_graph_scope and not accelerators.gpu:
         scope = ",".join(part.value for part in kernels.cuda_graph_scope)
         yield f"kernels.cuda_graph_scope=[{scope}]: needs a GPU ({here}); []"
     if overlap.overlap_moe_expert_parallel_comm and not accelerators.gpu:
         yield f"overlap.overlap_moe_expert_parallel_comm=True: needs a GPU ({here}); False"
+    if config.precision.fp8 is not None and not accelerators.fp8:
+        yield f"precision.fp8={config.precision.fp8.value}: needs Transformer Engine {FP8_VERSION} ({here}); null"
     if not accelerators.transformer_engine:
         yield from _without_transformer_engine(config, here)
-    elif config.precision.fp8 is not None:
-        yield from _old_transformer_engine(config)
 
 
 def _without_transformer_engine(config: Config, here: str) -> Iterator[str]:
-    if config.precision.fp8 is not None:
-        yield f"precision.fp8={config.precision.fp8.value}: needs Transformer Engine ({here}); null"
     if config.overlap.delay_wgrad_compute:
         yield f"overlap.delay_wgrad_compute=True: needs Transformer Engine ({here}); False"
     if RecomputeModule.moe_act in config.recompute.modules:
         yield f"recompute.modules: moe_act needs Transformer Engine's grouped experts ({here}); moe, or leave it out"
-
-
-def _old_transformer_engine(config: Config) -> Iterator[str]:
-    modules = config.recompute.modules
-    recomputed = RecomputeModule.moe_act in modules or RecomputeModule.layernorm in modules
-    if recomputed and not is_te_min_version("2.6.0dev0"):
-        yield "recompute.modules: layernorm and moe_act need Transformer Engine 2.6 with precision.fp8; leave them out"
 
 
 def _describe(accelerators: Accelerators) -> str:

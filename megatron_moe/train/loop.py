@@ -246,7 +246,7 @@ def _losses(run: Run, part: str, sources: list[HeldOut]) -> Metrics:
             metrics[f"{part}/{source.name}/bits_per_byte"] = loss / math.log(2) * source.tokens_per_byte
     if sources:
         metrics[f"{part}/lm_loss"] = total / sum(source.weight for source in sources)
-        run.context.say(evaluation_line(run.state.step, metrics))
+        run.context.say(evaluation_line(run.state.step, metrics | _mark(run.config)))
     return metrics
 
 

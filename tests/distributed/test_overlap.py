@@ -1,0 +1,100 @@
+"""Communication while something is computed changes no number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.distributed.test_recompute import compare, first_step
+from tests.helpers.ranks import run_ranks
+from tests.helpers.saving import small_run
+
+
+def gathered_late(folder: str) -> tuple[bool, bool, list[float]]:
+    """On each rank, after two steps: whether the weights are those of all ranks, before and after they are gathered."""
+    with small_run("dp2", folder, "overlap.overlap_param_gather=true") as (run, step):
+        assert run.pipeline.model[0].ddp_config.overlap_grad_reduce
+        losses = [step(), step()]
+        before = same_everywhere(run)
+        run.pipeline.gather_weights()
+        return before, same_everywhere(run), losses
+
+
+def same_everywhere(run: Any) -> bool:
+    weights = torch.cat([param.detach().float().flatten() for param in run.pipeline.model[0].parameters()])
+    by_rank = [torch.empty_like(weights) for _ in range(2)]
+    torch.distributed.all_gather(by_rank, weights)
+    return torch.equal(*by_rank)
+
+
+def not_overlapped(folder: str) -> list[float]:
+    with small_run("dp2", folder) as (_, step):
+        return [step(), step()]
+
+
+def test_weights_are_whole_once_gathered() -> None:
+    """What train/loop.py does before it evaluates and saves."""
+    ranks = run_ranks(gathered_late, 2, "without_checkpoints")
+    plain = run_ranks(not_overlapped, 2, "without_checkpoints")
+    for (before, after, losses), expected in zip(ranks, plain, strict=True):
+        assert (before, after) == (False, True)
+        assert losses == expected
+
+
+def test_shared_experts_compute_while_tokens_are_on_their_way() -> None:
+    """In another order: gradients of router and shared experts are added up the other way round."""
+    ranks = run_ranks(first_step, 2, ["parallel=ep2", "overlap.moe_shared_expert_overlap=true"])
+    plain = run_ranks(first_step, 2, ["parallel=ep2"])
+    compare(ranks, plain)
+    assert plain[0]["calls"]["mlp.shared_experts"] > 0
+    assert ranks[0]["calls"]["mlp.shared_experts"] == 0  # its parts are called by the dispatcher
+
+
+class Event:
+    """A CUDA event where all has happened."""
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing to mark."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Nothing to wait for."""
+
+
+def merged_step(overrides: list[str]) -> dict[str, Any]:
+    """`first_step` by megatron-core's schedule of two micro batches at once, which asks for a GPU."""
+    from megatron_moe.model import build
+    from megatron_moe.train.step import Pipeline
+
+    torch.cuda.Event = Event
+    torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args: None
+    torch.Tensor.record_stream = lambda tensor, stream: None
+    build.check_accelerators = lambda config, accelerators: None
+    planned = []
+
+    def forward_step(self: Pipeline, *args: Any, **options: Any) -> Any:
+        planned.append(options)
+        return original(self, *args, **options)
+
+    original, Pipeline._forward_step = Pipeline._forward_step, forward_step
+    return {**first_step(overrides), "planned": planned}
+
+
+def test_two_micro_batches_at_once() -> None:
+    overrides = ["parallel=ep2", "precision=bf16"]
+    ranks = run_ranks(merged_step, 2, [*overrides, "overlap.overlap_moe_expert_parallel_comm=true"])
+    assert ranks[0]["planned"] == 2 * [{"return_schedule_plan": True}]
+    compare(ranks, run_ranks(first_step, 2, overrides))
+
+
+def gradient_types(overrides: list[str]) -> set[torch.dtype]:
+    with small_run("dp2", "without_checkpoints", *overrides) as (run, step):
+        assert np.isfinite(step())
+        return {buffer.grad_dtype for buffer in run.pipeline.model[0].buffers}
+
+
+def test_gradients_are_summed_in_bf16_only_if_asked_for() -> None:
+    asked = ["precision=bf16", "precision.grad_reduce_in_fp32=false"]
+    assert run_ranks(gradient_types, 2, asked)[0] == {torch.bfloat16}
+    assert run_ranks(gradient_types, 2, asked[:1])[0] == {torch.float32}

@@ -97,6 +97,7 @@ def _precision(config: Config) -> Iterator[str]:
         return
     if precision.dtype is not Dtype.bf16:
         yield f"precision.fp8={_text(precision.fp8)}: needs precision.dtype=bf16, for all that is not a multiplication"
+    yield from _recomputed_in_fp8(config)
     # Transformer Engine refuses other operands.
     multiple = 32 if precision.fp8_recipe is Fp8Recipe.mxfp8 else 16
     for option, size in _matrix_sizes(config):
@@ -104,6 +105,26 @@ def _precision(config: Config) -> Iterator[str]:
             yield (
                 f"precision.fp8_recipe={_text(precision.fp8_recipe)}: multiplies matrices with sides that are "
                 f"multiples of {multiple}; {option} is {size} on a rank"
+            )
+
+
+def _recomputed_in_fp8(config: Config) -> Iterator[str]:
+    """Transformer Engine recomputes by itself, and model/micro_batch.py does not learn of it."""
+    model, recompute = config.model, config.recompute
+    whole = recompute.granularity is FULL
+    if config.parallel.pipeline_model_parallel_size == 1 or not (whole or RecomputeModule.moe in recompute.modules):
+        return
+    what = f"recompute.granularity={_text(recompute.granularity)} in a pipeline"
+    per_batch = {
+        "model.routing=hash": model.routing is Routing.hash,
+        f"model.device_capacity_factor={model.device_capacity_factor}": model.device_capacity_factor is not None,
+        "data.reset_position_ids=True": config.data.reset_position_ids and whole and model.attention is Attention.mla,
+    }
+    for option, is_on in per_batch.items():
+        if is_on:
+            yield (
+                f"precision.fp8={_text(config.precision.fp8)}: with {what} a layer would be computed again by the "
+                f"tokens of another micro batch, which {option} depends on; leave out one of the three"
             )
 
 

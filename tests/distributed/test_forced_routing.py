@@ -104,7 +104,7 @@ def test_every_output_is_marked_and_no_training_goes_on_from_it(tmp_path: Path) 
     ((said, error),) = run_ranks(trained, 1, [*run, f"{FORCED}=balanced"])
     assert error == ""
     assert "FORCED, balanced: for measurements only" in said
-    numbers = [line for line in said.splitlines() if line.startswith("step ")]
+    numbers = [line for line in said.splitlines() if "lm_loss" in line]
     assert len(numbers) == 4
     assert all("FORCED ROUTING, balanced" in line for line in numbers)
     assert "losses of this run mean nothing" in said

@@ -197,6 +197,16 @@ def test_megatron_core_accepts_every_pair_that_we_accept(layout: str) -> None:
             [],
             "needs parallel.expert_model_parallel_size of at least",
         ),
+        (
+            {"precision.fp8": schema.Fp8.hybrid, **BF16, **selective("moe")},
+            ["parallel=pp2", "model.num_device_groups=4", "model.device_capacity_factor=1"],
+            "tokens of another micro batch, which model.device_capacity_factor=1.0 depends on",
+        ),
+        (
+            {"precision.fp8": schema.Fp8.hybrid, **BF16, **full("uniform", 1), "data.reset_position_ids": True},
+            ["parallel=pp2", *MLA],
+            "which data.reset_position_ids=True depends on",
+        ),
         ({"kernels.dispatcher": Dispatcher.hybridep}, ["parallel=ep2"], "move bf16 only"),
         (
             {"kernels.moe_router_fusion": True},

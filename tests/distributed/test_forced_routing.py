@@ -86,8 +86,8 @@ def trained(overrides: list[str]) -> tuple[str, str]:
     from megatron_moe.train.loop import train
 
     said = io.StringIO()
-    config = tiny_config(*SMALL, *overrides)
-    Path(config.run.dir).mkdir(exist_ok=True)
+    config = tiny_config(*SMALL, *overrides, world_size=int(os.environ["WORLD_SIZE"]))
+    Path(config.run.dir).mkdir(parents=True, exist_ok=True)
     try:
         with (
             redirect_stdout(said),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_moe.checkpoint.run_folder import read_json
+from tests.distributed.test_forced_routing import trained
 from tests.distributed.test_recompute import compare, first_step
 from tests.helpers.ranks import run_ranks
 from tests.helpers.saving import small_run
@@ -41,6 +44,21 @@ def test_weights_are_whole_once_gathered() -> None:
     for (before, after, losses), expected in zip(ranks, plain, strict=True):
         assert (before, after) == (False, True)
         assert losses == expected
+
+
+def test_saved_weights_are_whole(tmp_path: Path) -> None:
+    """Red: no `gather_weights` in the loop."""
+    tensors = []
+    for name in ("plain", "overlapped"):
+        folder = tmp_path / name
+        overlap = [f"overlap.overlap_param_gather={name == 'overlapped'}"]
+        options = [f"run.dir={folder}", f"run.name={name}", "train.train_steps=2", "evaluation.interval=1"]
+        said = run_ranks(trained, 2, [*options, "parallel=dp2", *overlap])
+        assert [error for _, error in said] == ["", ""]
+        files = read_json(folder / "checkpoints/step_00000002/manifest.json")["files"]
+        tensors.append({file: entry for file, entry in files.items() if file.endswith(".distcp")})
+    assert tensors[0] == tensors[1]
+    assert tensors[0]
 
 
 def test_shared_experts_compute_while_tokens_are_on_their_way() -> None:

@@ -226,7 +226,6 @@ def _mark(config: Config) -> Metrics:
 
 def _evaluate(run: Run) -> Metrics:
     """Of the validation sets, and at the end of the training of the test sets."""
-    run.pipeline.gather_weights()
     metrics = _losses(run, "valid", run.datasets.valid)
     if run.state.step == run.config.train.train_steps:
         metrics |= _losses(run, "test", run.datasets.test)

@@ -52,10 +52,10 @@ def test_saved_weights_are_whole(tmp_path: Path) -> None:
     for name in ("plain", "overlapped"):
         folder = tmp_path / name
         overlap = [f"overlap.overlap_param_gather={name == 'overlapped'}"]
-        options = [f"run.dir={folder}", f"run.name={name}", "train.train_steps=2", "checkpoint.save_interval=1"]
+        options = [f"run.dir={folder}", f"run.name={name}", "train.train_steps=3", "checkpoint.save_interval=1"]
         said = run_ranks(trained, 2, [*options, "parallel=dp2", *overlap])
         assert [error for _, error in said] == ["", ""]
-        files = read_json(folder / "checkpoints/step_00000001/manifest.json")["files"]
+        files = read_json(folder / "checkpoints/step_00000002/manifest.json")["files"]
         tensors.append({file: entry for file, entry in files.items() if file.endswith(".distcp")})
     assert tensors[0] == tensors[1]
     assert tensors[0]

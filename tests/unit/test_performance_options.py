@@ -303,6 +303,21 @@ def test_what_is_asked_for_reaches_megatron_core() -> None:
     assert "recompute selective (layernorm, moe_act)" in describe(config, EVERYTHING)
 
 
+@pytest.mark.parametrize(
+    ("asked", "accelerators", "expected"),
+    [
+        ([], Accelerators(), (False, False)),
+        (["overlap.overlap_param_gather=true"], Accelerators(), (True, True)),
+        ([], GPU, (True, True)),
+        (["overlap.overlap_grad_reduce=false"], GPU, (False, False)),
+        (["overlap.overlap_param_gather=false"], GPU, (True, False)),
+    ],
+)
+def test_gathering_comes_with_reducing(asked: list[str], accelerators: Accelerators, expected: tuple) -> None:
+    fields = data_parallel_fields(composed(*asked), accelerators)
+    assert (fields["overlap_grad_reduce"], fields["overlap_param_gather"]) == expected
+
+
 def test_whole_layers_graphs_and_shared_experts_reach_megatron_core() -> None:
     fields = transformer_config(composed("recompute=full", "recompute.num_layers=2"), Accelerators())
     assert (fields.recompute_granularity, fields.recompute_method, fields.recompute_num_layers) == (

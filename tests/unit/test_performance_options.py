@@ -77,6 +77,8 @@ def full(method: str, num_layers: int) -> Setting:
 
 
 BF16 = {"precision.dtype": schema.Dtype.bf16}
+ATTENTION_GRAPHS = {"kernels.cuda_graph_scope": [schema.CudaGraphScope.attn]}
+TWO_AT_ONCE = {"overlap.overlap_moe_expert_parallel_comm": True, **BF16}
 SETTINGS: list[Setting] = [
     {},
     BF16,
@@ -100,8 +102,8 @@ SETTINGS: list[Setting] = [
     {"kernels.cuda_graph_scope": list(schema.CudaGraphScope)},
     *({f"overlap.{name}": True} for name in vars(schema.OverlapConfig())),
     {"overlap.overlap_grad_reduce": False},
-    {"overlap.overlap_moe_expert_parallel_comm": True, **BF16},
-    {"overlap.overlap_moe_expert_parallel_comm": True, "overlap.delay_wgrad_compute": True, **BF16},
+    TWO_AT_ONCE,
+    {**TWO_AT_ONCE, "overlap.delay_wgrad_compute": True},
     {"train.deterministic": True},
     {"data.reset_position_ids": True},
     *({"model.forced_routing": forced} for forced in schema.ForcedRouting),
@@ -226,6 +228,17 @@ def test_megatron_core_accepts_every_pair_that_we_accept(layout: str) -> None:
             "a fixed number of micro batches",
         ),
         ({"overlap.moe_shared_expert_overlap": True}, ["model.num_shared_experts=0"], "needs model.num_shared_experts"),
+        ({"recompute.modules": [schema.RecomputeModule.moe]}, [], "only recompute.granularity=selective reads them"),
+        ({"precision.grad_reduce_in_fp32": False}, [], "only precision.dtype=bf16 has a choice"),
+        ({**ATTENTION_GRAPHS, **selective("moe")}, [], "moe would not be recomputed"),
+        ({**ATTENTION_GRAPHS, "data.reset_position_ids": True}, [], "keep the positions of its first batch"),
+        (
+            {"overlap.overlap_param_gather": True, "overlap.overlap_grad_reduce": False},
+            [],
+            "works on the buckets of overlap.overlap_grad_reduce",
+        ),
+        (TWO_AT_ONCE, ["parallel=pp2_ep2"], "needs parallel.virtual_pipeline_model_parallel_size of at least 2"),
+        ({**TWO_AT_ONCE, **selective("moe")}, ["parallel=ep2"], "recompute.modules=[moe]; moe would not be recomputed"),
         ({"model.forced_routing": schema.ForcedRouting.skewed}, [], "needs parallel.expert_model_parallel_size"),
         (
             {"model.forced_routing": schema.ForcedRouting.balanced},

@@ -102,7 +102,7 @@ def start_facts(config: Config, world_size: int, device: torch.device, datasets:
         ),
         ("compute", _compute_text(config, device)),
         ("precision", _precision_text(config)),
-        *([("faster", performance)] if (performance := describe(config, accelerators_of(device))) else []),
+        *([("tuning", performance)] if (performance := describe(config, accelerators_of(device))) else []),
         *([("kernels", deterministic.describe())] if deterministic.is_on() else []),
         ("layout", describe_layout(parallel, world_size)),
     ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_moe.config.derived import experts_within_reach
 from megatron_moe.config.rules import divides
-from megatron_moe.config.schema import Attention, Config, ModelConfig, Routing
+from megatron_moe.config.schema import Attention, Config, ForcedRouting, ModelConfig, Routing
 
 
 def model_problems(config: Config) -> Iterator[str]:
@@ -31,6 +31,7 @@ def model_problems(config: Config) -> Iterator[str]:
         )
     else:
         yield from _experts(config)
+        yield from _forced_routing(config)
         yield from _device_groups(config)
 
 
@@ -46,6 +47,8 @@ def _dense_model(config: Config) -> Iterator[str]:
         "num_shared_experts router_topk expert_balance_factor device_balance_factor communication_balance_factor "
         "device_limit device_capacity_factor"
     )
+    if model.forced_routing is not None:
+        yield f"model.forced_routing={model.forced_routing.value}: must be null with model.num_experts=0"
     for name in names.split():
         if value := getattr(model, name):
             default = "null" if name in ("device_limit", "device_capacity_factor") else 0
@@ -75,6 +78,17 @@ def _experts(config: Config) -> Iterator[str]:
         for name in names.split():
             if value := getattr(model, name):
                 yield f"model.{name}={value}: model.routing=hash has no affinities to balance, limit or drop by"
+
+
+def _forced_routing(config: Config) -> Iterator[str]:
+    forced = config.model.forced_routing
+    if forced is not None and config.model.routing is Routing.hash:
+        yield f"model.forced_routing={forced.value}: model.routing=hash is forced already; model.routing=topk"
+    if forced is ForcedRouting.skewed and config.parallel.expert_model_parallel_size == 1:
+        yield (
+            "model.forced_routing=skewed: needs parallel.expert_model_parallel_size of at least 2; one rank has all "
+            "the load in any case"
+        )
 
 
 def _device_groups(config: Config) -> Iterator[str]:

@@ -22,6 +22,7 @@ POSITIVE = {
         "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size data_parallel_size "
         "timeout_minutes"
     ),
+    "recompute": "num_layers",
     "data": "sequence_length tokenizer_vocab_size",
     "optimizer": "lr adam_eps clip_grad",
     "train": "train_steps exit_step global_batch_size micro_batch_size max_skipped_steps spike_sigma spike_window",

@@ -25,11 +25,74 @@ class Routing(Enum):
     hash = "hash"
 
 
+class ForcedRouting(Enum):
+    """Routing that ignores the affinities: the same load on all experts, or all of it on one expert-parallel rank."""
+
+    balanced = "balanced"
+    skewed = "skewed"
+
+
 class Dtype(Enum):
     """Type of parameters and activations. Router logits, optimizer state and gradient sums are fp32 in both."""
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class Fp8(Enum):
+    """Number formats of matrix multiplications in 8 bits: e4m3, or hybrid, which has e5m2 for gradients."""
+
+    e4m3 = "e4m3"
+    hybrid = "hybrid"
+
+
+class Fp8Recipe(Enum):
+    """What shares a scale: a tensor, a block of 128, or (Blackwell) of 32 values."""
+
+    tensorwise = "tensorwise"
+    blockwise = "blockwise"
+    mxfp8 = "mxfp8"
+
+
+class RecomputeGranularity(Enum):
+    """What is computed again: parts of a layer by name, or whole layers."""
+
+    selective = "selective"
+    full = "full"
+
+
+class RecomputeModule(Enum):
+    """Parts of a layer; the first three are kept but for their output, of the others only the input is."""
+
+    layernorm = "layernorm"
+    moe_act = "moe_act"
+    mla_up_proj = "mla_up_proj"
+    core_attn = "core_attn"
+    mlp = "mlp"
+    moe = "moe"
+    shared_experts = "shared_experts"
+
+
+class RecomputeMethod(Enum):
+    """Which layers: all, in groups of `num_layers`, or the first `num_layers` of each pipeline stage."""
+
+    uniform = "uniform"
+    block = "block"
+
+
+class Dispatcher(Enum):
+    """What carries tokens to their experts and back: all-to-all of NCCL or gloo, or the kernels of DeepEP."""
+
+    alltoall = "alltoall"
+    deepep = "deepep"
+    hybridep = "hybridep"
+
+
+class CudaGraphScope(Enum):
+    """What is captured: attention with its norm, or the FFN of dense layers."""
+
+    attn = "attn"
+    mlp = "mlp"
 
 
 class DataKind(Enum):
@@ -106,6 +169,9 @@ class ModelConfig:
     what `device_capacity_factor` bounds: beyond that multiple of the mean load, a device's lowest affinities are
     dropped in training, but none of a share `undropped_fraction` of the sequences (DeepSeek-V2, arXiv:2405.04434, 2.2).
     Null: nothing is dropped. The tables of `routing=hash` follow from `hash_seed`.
+
+    `forced_routing` is for measurements only: tokens go where it says and the model learns nothing of use. Skewed is
+    the most that memory and communication may be asked for; dropping still applies.
     """
 
     name: str = MISSING
@@ -122,6 +188,7 @@ class ModelConfig:
     relative_expert_size: float | None = None
     routing: Routing = Routing.topk
     hash_seed: int = 1234
+    forced_routing: ForcedRouting | None = None
     router_topk: int = MISSING
     routed_scaling_factor: float = 1.0
     expert_balance_factor: float = MISSING
@@ -168,9 +235,63 @@ class ParallelConfig:
 
 @dataclass(kw_only=True)
 class PrecisionConfig:
-    """Number formats."""
+    """Number formats.
+
+    `fp8`: of matrix multiplications in Transformer Engine's layers, by `fp8_recipe`. `grad_reduce_in_fp32`: gradients
+    are summed in fp32, over micro batches and ranks, else in `dtype`.
+    """
 
     dtype: Dtype = Dtype.fp32
+    fp8: Fp8 | None = None
+    fp8_recipe: Fp8Recipe = Fp8Recipe.tensorwise
+    grad_reduce_in_fp32: bool = True
+
+
+@dataclass(kw_only=True)
+class RecomputeConfig:
+    """Activations that are computed again in the backward pass instead of kept. `granularity` null: none are.
+
+    `modules` are those of `selective`; `method` and `num_layers` say which layers `full` means.
+    """
+
+    granularity: RecomputeGranularity | None = None
+    modules: list[RecomputeModule] = field(default_factory=list)
+    method: RecomputeMethod | None = None
+    num_layers: int | None = None
+
+
+@dataclass(kw_only=True)
+class KernelsConfig:
+    """GPU kernels. A fusion that is null is on where this machine has it and nothing in this configuration excludes it.
+
+    `cuda_graph_scope`: what is captured in CUDA graphs, one for each layer; empty: nothing.
+    """
+
+    dispatcher: Dispatcher = Dispatcher.alltoall
+    moe_permute_fusion: bool | None = None
+    moe_router_fusion: bool | None = None
+    cross_entropy_loss_fusion: bool | None = None
+    apply_rope_fusion: bool | None = None
+    bias_activation_fusion: bool | None = None
+    cuda_graph_scope: list[CudaGraphScope] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class OverlapConfig:
+    """Communication while something is computed. Null: on a GPU.
+
+    `overlap_grad_reduce`: gradients of a bucket are reduced while the backward pass computes the next ones.
+    `overlap_param_gather`: updated weights are gathered when the next step's forward pass comes to them.
+    `moe_shared_expert_overlap`: shared experts compute while tokens are on their way.
+    `overlap_moe_expert_parallel_comm`: one micro batch's forward pass while the tokens of another's backward pass are
+    on their way, and the reverse. `delay_wgrad_compute`: there, weight gradients wait for such a time.
+    """
+
+    overlap_grad_reduce: bool | None = None
+    overlap_param_gather: bool | None = None
+    moe_shared_expert_overlap: bool = False
+    overlap_moe_expert_parallel_comm: bool = False
+    delay_wgrad_compute: bool = False
 
 
 @dataclass(kw_only=True)
@@ -337,6 +458,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

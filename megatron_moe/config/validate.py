@@ -17,6 +17,7 @@ from megatron_moe.config.derived import (
 )
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.model_rules import model_problems
+from megatron_moe.config.performance_rules import performance_problems
 from megatron_moe.config.rules import divides, divisors, lookup, wrong_signs
 from megatron_moe.config.schema import Config, DataConfig, DataKind, DataSource
 
@@ -48,7 +49,7 @@ def validate(config: Config, launched: int | None) -> int:
 
 
 def _rule_problems(config: Config, world_size: int) -> Iterator[str]:
-    for rule in (_run, _logger, model_problems, _data, _schedule):
+    for rule in (_run, _logger, model_problems, performance_problems, _data, _schedule):
         yield from rule(config)
     yield from _profile(config, world_size)
     misplaced = [*_placement(config), *_pipeline(config)]

@@ -20,7 +20,7 @@ from megatron.core import utils
 from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
 from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
 from megatron.core.pipeline_parallel import schedules
-from megatron.core.tensor_parallel import mappings
+from megatron.core.tensor_parallel import mappings, random
 from megatron.core.transformer.moe import token_dispatcher
 from torch import Tensor
 
@@ -127,6 +127,11 @@ def _split_sizes() -> None:
     )
 
 
+def _generator_state() -> None:
+    random._get_cuda_rng_state = lambda *args, **kwargs: None  # nothing draws from it: there is no dropout
+    random._set_cuda_rng_state = lambda *args, **kwargs: None
+
+
 GATHER = mappings._gather_along_first_dim
 REDUCE_SCATTER = mappings._reduce_scatter_along_first_dim
 
@@ -180,5 +185,6 @@ WORKAROUNDS: dict[str, Callable[[], None]] = {
     "streams": _streams,
     "pinned_positions": _pinned_positions,
     "split_sizes": _split_sizes,
+    "generator_state": _generator_state,
     "uneven_parts": _uneven_parts,
 }

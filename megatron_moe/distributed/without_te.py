@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -46,7 +47,12 @@ def _latent_projections() -> None:
     multi_latent_attention.TELinear = ReplicatedLinear
 
 
+def _recomputed_norms() -> None:
+    CheckpointWithoutOutput.__init__.__defaults__ = (None,)
+
+
 WORKAROUNDS: dict[str, Callable[[], None]] = {
     "router_gemm": _router_gemm,
     "latent_projections": _latent_projections,
+    "recomputed_norms": _recomputed_norms,
 }

@@ -143,6 +143,8 @@ def _scaling(model: ModelConfig) -> dict[str, Any] | None:
 
 
 def _inexpressible(model: ModelConfig) -> Iterator[str]:
+    if model.forced_routing is not None:
+        yield f"model.forced_routing={model.forced_routing.value}: was for measurements only, the model learned nothing"
     if model.routing is Routing.hash:
         yield "model.routing=hash: neither model type has it; model.routing=topk can be exported"
     if model.attention is Attention.mla:

@@ -14,6 +14,7 @@ from megatron_moe.metrics.throughput import format_duration
 from megatron_moe.metrics.wandb_run import WandbRun
 
 Metrics = dict[str, Any]
+FORCED_ROUTING = "moe/forced_routing"  # a metric of measurements only
 
 
 class MetricLogger:
@@ -62,6 +63,7 @@ def progress_line(step: int, total_steps: int, metrics: Metrics) -> str:
     left = (total_steps - step) * metrics["speed/step_time_s"]
     return (
         f"step {step:>{len(str(total_steps))}}/{total_steps}"
+        f"{_mark(metrics)}"
         f" | lm_loss {metrics['train/lm_loss']:.4f}"
         f"{_routing_text(metrics)}"
         f" | lr {metrics['train/lr']:.2e}"
@@ -77,7 +79,13 @@ def evaluation_line(step: int, metrics: Metrics) -> str:
     by_source = [name for name in metrics if name.count("/") == 2]
     if len([name for name in by_source if name.endswith("lm_loss")]) == 1:
         by_source = [name for name in by_source if not name.endswith("lm_loss")]  # it is the mean
-    return " | ".join([f"step {step}", *(f"{name} {metrics[name]:.4f}" for name in means + by_source)])
+    losses = (f" | {name} {metrics[name]:.4f}" for name in means + by_source if name != FORCED_ROUTING)
+    return "".join([f"step {step}", _mark(metrics), *losses])
+
+
+def _mark(metrics: Metrics) -> str:
+    """Of a measurement."""
+    return f" | FORCED ROUTING, {metrics[FORCED_ROUTING]}" if FORCED_ROUTING in metrics else ""
 
 
 def _routing_text(metrics: Metrics) -> str:

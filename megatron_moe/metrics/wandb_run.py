@@ -191,7 +191,7 @@ def init(config: Config, run_id: str, mode: str) -> Any:
         entity=options.wandb_entity,
         project=options.wandb_project,
         group=options.wandb_group,
-        tags=options.wandb_tags,
+        tags=[*options.wandb_tags, *_mark(config)],
         name=config.run.name,
         notes=config.run.notes,
         dir=config.run.dir,
@@ -207,6 +207,12 @@ def init(config: Config, run_id: str, mode: str) -> Any:
     for names in BY_TOKENS:
         run.define_metric(names, step_metric="consumed_tokens")
     return run
+
+
+def _mark(config: Config) -> list[str]:
+    """A tag that tells a measurement from a training."""
+    forced = config.model.forced_routing
+    return [] if forced is None else [f"forced-routing-{forced.value}"]
 
 
 def has_wandb_key() -> bool:

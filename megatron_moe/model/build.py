@@ -15,8 +15,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe.config.schema import Attention, Config
-from megatron_moe.distributed.accelerators import has_fused_weight_gradient
-from megatron_moe.model.layer_spec import block_spec, use_transformer_engine
+from megatron_moe.model.acceleration import accelerators_of, check_accelerators, data_parallel_fields
+from megatron_moe.model.layer_spec import block_spec
 from megatron_moe.model.positions import PositionIds
 from megatron_moe.model.router import DeepSeekMoERouter, HashRouter, Router, router_builder
 from megatron_moe.model.transformer_config import transformer_config
@@ -31,21 +31,33 @@ def build_model(
         config: validated.
         pg_collection: groups of this rank.
         device: where parameters live; on the meta device there is nothing to initialize.
+
+    Raises:
+        ConfigError: the configuration asks for what this rank does not have.
     """
-    mcore_config = transformer_config(
-        config,
-        grouped_gemm=use_transformer_engine(),
-        fused_weight_gradient=device.type == "cuda" and has_fused_weight_gradient(),
-    )
+    accelerators = accelerators_of(device)
+    check_accelerators(config, accelerators)
+    mcore_config = transformer_config(config, accelerators)
     chunks = build_chunks(config, mcore_config, pg_collection, device)
     if device.type != "meta":
         for chunk in chunks:
             initialize(chunk, seed=config.train.seed, std=config.model.init_method_std)
     chunks = in_precision(chunks, mcore_config)
-    ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False
-    )
-    return [DistributedDataParallel(mcore_config, ddp_config, chunk, pg_collection=pg_collection) for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(**data_parallel_fields(config, accelerators))
+    model = [
+        DistributedDataParallel(
+            mcore_config,
+            ddp_config,
+            chunk,
+            disable_bucketing=number > 0,  # of a later chunk nothing waits for the last gradients
+            pg_collection=pg_collection,
+        )
+        for number, chunk in enumerate(chunks)
+    ]
+    if ddp_config.overlap_grad_reduce:
+        no_sync = [chunk.no_sync for chunk in model]
+        mcore_config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+    return model
 
 
 def in_precision(chunks: list[GPTModel], mcore_config: TransformerConfig) -> list[torch.nn.Module]:

@@ -9,6 +9,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from megatron_moe.model.micro_batch import OfMicroBatch
+
 
 class PositionIds(torch.nn.Module):
     """Makes a model rotate by the position ids of its micro batch, which megatron-core takes for 0, 1, 2, ...
@@ -19,7 +21,7 @@ class PositionIds(torch.nn.Module):
 
     def __init__(self, model: GPTModel) -> None:
         super().__init__()
-        self.position_ids: Tensor | None = None
+        self.position_ids = OfMicroBatch()
         for module in model.modules():
             if isinstance(module, RotaryEmbedding):
                 module.register_forward_pre_hook(_of_whole_sequence, with_kwargs=True)
@@ -27,11 +29,11 @@ class PositionIds(torch.nn.Module):
 
     def begin_micro_batch(self, batch: dict[str, Tensor]) -> None:
         """Take the position ids, [b, s]."""
-        self.position_ids = batch["position_ids"]
+        self.position_ids.begin(batch["position_ids"])
 
     def _pick(self, _: torch.nn.Module, args: tuple, output: Tensor | tuple[Tensor, float]) -> Any:
         whole, *factor = output if isinstance(output, tuple) else (output,)  # YaRN has a factor
-        picked = whole[:, 0, 0][self.position_ids.T].unsqueeze(2)
+        picked = whole[:, 0, 0][self.position_ids.get(training=self.training).T].unsqueeze(2)
         return (picked, *factor) if factor else picked
 
 

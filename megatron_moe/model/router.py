@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_moe.config.derived import num_device_groups
-from megatron_moe.config.schema import Config, ModelConfig, Routing
+from megatron_moe.config.schema import Config, ForcedRouting, ModelConfig, Routing
 from megatron_moe.model.balance_loss import (
     communication_balance_loss,
     device_balance_loss,
@@ -25,7 +25,9 @@ from megatron_moe.model.balance_loss import (
     selections_per_sequence,
     tokens_sent_per_sequence,
 )
+from megatron_moe.model.micro_batch import OfMicroBatch
 from megatron_moe.model.selection import (
+    forced_experts,
     hash_table,
     is_undropped,
     kept_within_budget,
@@ -62,7 +64,9 @@ class ExpertSelection:
         num_masked: experts of the highest affinity that each token is kept from, to see what they are worth.
     """
 
-    def __init__(self, options: ModelConfig, num_groups: int) -> None:
+    def __init__(self, options: ModelConfig, num_groups: int, *, num_ranks: int) -> None:
+        self.forced_routing = options.forced_routing
+        self.num_ranks = num_ranks
         self.device_limit = options.device_limit
         self.num_groups = num_groups
         self.num_masked = 0
@@ -71,6 +75,11 @@ class ExpertSelection:
         self, affinities: Tensor, topk: int, num_groups: None, group_topk: None, select: Callable[..., Any]
     ) -> tuple[Tensor, Tensor]:
         """Select experts, [num_tokens, num_experts] affinities to [num_tokens, topk] affinities and indices."""
+        if self.forced_routing is not None:  # `moe_router_force_load_balancing` is balanced on average only
+            experts = forced_experts(
+                *affinities.shape, topk, num_ranks=self.num_ranks, is_skewed=self.forced_routing is ForcedRouting.skewed
+            ).to(affinities.device)
+            return affinities.gather(1, experts), experts
         if self.num_masked:
             affinities = without_top_experts(affinities, self.num_masked)
         if self.device_limit is not None:
@@ -102,7 +111,10 @@ class DeepSeekMoERouter(TopKRouter):
         self.options = options
         self.num_groups = num_groups
         self.tp_ep_group = pg_collection.tp_ep
-        self.selection = self.router_replay = ExpertSelection(options, num_groups)
+        self.selection = self.router_replay = ExpertSelection(
+            options, num_groups, num_ranks=config.expert_model_parallel_size
+        )
+        self.sample_ids = OfMicroBatch()
         self.reset_counters()
 
     def reset_counters(self) -> None:
@@ -111,7 +123,7 @@ class DeepSeekMoERouter(TopKRouter):
 
     def begin_micro_batch(self, batch: Batch) -> None:
         """Take note of which sequences come next, [b]."""
-        self.sample_ids = batch["sample_ids"]
+        self.sample_ids.begin(batch["sample_ids"])
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Select experts, [s, b, num_experts] logits to [s * b, num_experts] probs and routing map."""
@@ -162,14 +174,16 @@ class DeepSeekMoERouter(TopKRouter):
         kept[order] = keep.view(-1, self.topk)
         mine = slice(self.tp_ep_group.rank() * len(probs), (self.tp_ep_group.rank() + 1) * len(probs))
         mask = torch.zeros_like(routing_map).scatter(1, experts[mine], kept[mine])
-        self.counters.dropped += (routing_map.sum() - mask.sum()).float()
+        if torch.is_grad_enabled():  # once, where the layer is computed again
+            self.counters.dropped += (routing_map.sum() - mask.sum()).float()
         return probs * mask, routing_map & mask
 
     def _token_numbers(self, sequence_length: int) -> Tensor:
         """A number for each token of this rank, its sequence's in the upper and its position in the lower half, [t]."""
         first = sequence_length * self.tp_group.rank()
-        positions = torch.arange(first, first + sequence_length, device=self.sample_ids.device)
-        return ((self.sample_ids << 32) + positions[:, None]).flatten()  # [s, b]
+        sample_ids = self.sample_ids.get(training=self.training)
+        positions = torch.arange(first, first + sequence_length, device=sample_ids.device)
+        return ((sample_ids << 32) + positions[:, None]).flatten()  # [s, b]
 
     def _gather(self, x: Tensor) -> Tensor:
         """Rows of all ranks that dispatch to the same devices."""
@@ -200,6 +214,7 @@ class HashRouter(MegatronModule):
         self.options = options
         self.device = torch.get_default_device()
         self.tp_group = pg_collection.tp
+        self.token_ids = OfMicroBatch()
         self.reset_counters()
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -216,11 +231,12 @@ class HashRouter(MegatronModule):
 
     def begin_micro_batch(self, batch: Batch) -> None:
         """Take note of the token ids that come next, [b, s]."""
-        self.token_ids = batch["tokens"]
+        self.token_ids.begin(batch["tokens"])
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Select experts, [s, b, h] to [s * b, num_experts] probs and routing map."""
-        token_ids = self.token_ids.T.chunk(self.tp_group.size())[self.tp_group.rank()]  # [s, b]
+        token_ids = self.token_ids.get(training=self.training)
+        token_ids = token_ids.T.chunk(self.tp_group.size())[self.tp_group.rank()]  # [s, b]
         experts = self.table[token_ids.flatten()]
         routing_map = torch.nn.functional.one_hot(experts, self.options.num_experts).bool()
         if self.training and torch.is_grad_enabled():

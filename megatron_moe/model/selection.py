@@ -25,6 +25,24 @@ def within_device_limit(affinities: Tensor, *, num_groups: int, limit: int) -> T
     return by_device.masked_fill(~allowed[..., None], -torch.inf).flatten(-2)
 
 
+def forced_experts(num_tokens: int, num_experts: int, topk: int, *, num_ranks: int, is_skewed: bool) -> Tensor:
+    """Experts in turn, [num_tokens, topk] int64: whatever is asked for, the loads of those in turn differ by 1 at most.
+
+    Args:
+        num_tokens: that are routed together.
+        num_experts: all of them.
+        topk: of each token, all different.
+        num_ranks: that the experts lie on in contiguous groups.
+        is_skewed: take turns among the first rank's experts only, and those that follow if they are fewer than `topk`;
+            else among all, from rank to rank.
+    """
+    if is_skewed:
+        in_turn = torch.arange(max(topk, num_experts // num_ranks))
+    else:
+        in_turn = torch.arange(num_experts).view(num_ranks, -1).T.flatten()
+    return in_turn[torch.arange(num_tokens * topk) % len(in_turn)].view(num_tokens, topk)
+
+
 def without_top_experts(affinities: Tensor, count: int) -> Tensor:
     """Affinities [num_tokens, num_experts] with -inf for each token's `count` highest.
 

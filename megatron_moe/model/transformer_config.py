@@ -11,26 +11,23 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_moe.config.derived import expert_tensor_parallel_size, is_moe_layer
 from megatron_moe.config.schema import Attention, Config, Dtype, ModelConfig, ParallelConfig, YarnConfig
+from megatron_moe.model.acceleration import CPU_ONLY, Accelerators, transformer_fields
 from megatron_moe.plan.pipeline import mcore_layout
 
 
-def transformer_config(
-    config: Config, *, grouped_gemm: bool = False, fused_weight_gradient: bool = False
-) -> TransformerConfig:
+def transformer_config(config: Config, accelerators: Accelerators = CPU_ONLY) -> TransformerConfig:
     """Map a configuration to megatron-core's.
 
     Args:
         config: validated (config/validate.py).
-        grouped_gemm: use Transformer Engine's grouped experts.
-        fused_weight_gradient: accumulate weight gradients in Apex's kernel.
+        accelerators: that this rank has.
     """
     fields = {
         **_architecture(config.model),
         **_routing(config.model),
         **_placement(config.model, config.parallel),
         **_precision(config.precision.dtype),
-        "moe_grouped_gemm": grouped_gemm,
-        "gradient_accumulation_fusion": fused_weight_gradient,
+        **transformer_fields(config, accelerators),
         "deterministic_mode": config.train.deterministic,
     }
     if config.model.attention is Attention.mla:
@@ -49,7 +46,6 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "layernorm_epsilon": model.layernorm_epsilon,
         "gated_linear_unit": True,
         "activation_func": F.silu,
-        "bias_activation_fusion": False,
         "add_bias_linear": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -57,7 +53,6 @@ def _architecture(model: ModelConfig) -> dict[str, Any]:
         "output_layer_init_method": _leave_uninitialized,
         "embedding_init_method": _leave_uninitialized,
         "rotary_interleaved": False,
-        "apply_rope_fusion": False,
     }
 
 
@@ -78,7 +73,6 @@ def _routing(model: ModelConfig) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # model/router.py adds the paper's losses
-        "moe_token_dispatcher_type": "alltoall",
         # Never reached: it makes the dispatcher count what model/router.py leaves (token_dispatcher.py:514).
         "moe_expert_capacity_factor": model.num_experts if model.device_capacity_factor else None,
     }

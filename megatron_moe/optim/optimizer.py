@@ -41,6 +41,7 @@ def build_optimizer(
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         use_distributed_optimizer=True,
+        overlap_param_gather=model[0].ddp_config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(
         optimizer_config,

@@ -20,7 +20,7 @@ from megatron_moe.data.sampler import micro_batches
 from megatron_moe.data.sources import Datasets, HeldOut, build_datasets
 from megatron_moe.distributed import signals
 from megatron_moe.distributed.context import DistributedContext, from_main
-from megatron_moe.metrics.logger import MetricLogger, Metrics, evaluation_line, progress_line
+from megatron_moe.metrics.logger import FORCED_ROUTING, MetricLogger, Metrics, evaluation_line, progress_line
 from megatron_moe.metrics.throughput import Throughput
 from megatron_moe.model.build import build_model
 from megatron_moe.optim.optimizer import build_optimizer, set_learning_rate
@@ -206,6 +206,7 @@ def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: 
         "consumed_tokens": run.state.consumed_samples * run.config.data.sequence_length,
         "train/batch_size": samples,
         **step_metrics(run.config, run.context, run.pipeline.model, result),
+        **_mark(run.config),
         "train/lr": lr,
         "train/skipped_steps": run.state.skipped_steps,
         **speed,
@@ -215,6 +216,12 @@ def _measure(run: Run, result: StepResult, lr: float, samples: int, throughput: 
 
 def _num_samples(run: Run, source: HeldOut) -> int:
     return min(run.config.evaluation.num_samples or len(source.sequences), len(source.sequences))
+
+
+def _mark(config: Config) -> Metrics:
+    """What tells the numbers of a measurement from those of a training."""
+    forced = config.model.forced_routing
+    return {} if forced is None else {FORCED_ROUTING: forced.value}
 
 
 def _evaluate(run: Run) -> Metrics:
@@ -238,7 +245,7 @@ def _losses(run: Run, part: str, sources: list[HeldOut]) -> Metrics:
             metrics[f"{part}/{source.name}/bits_per_byte"] = loss / math.log(2) * source.tokens_per_byte
     if sources:
         metrics[f"{part}/lm_loss"] = total / sum(source.weight for source in sources)
-        run.context.say(evaluation_line(run.state.step, metrics))
+        run.context.say(evaluation_line(run.state.step, metrics | _mark(run.config)))
     return metrics
 
 
@@ -251,10 +258,10 @@ def _save(run: Run, agreement: Agreement) -> None:
     """
     if agreement.saved:
         run.saving.go_on()
-    if run.state.step == run.last_step or agreement.stop:
-        run.saving.save_last(run.state)
-    elif run.is_due(run.config.checkpoint.save_interval):
-        run.saving.save(run.state)
+    is_last = run.state.step == run.last_step or agreement.stop
+    if is_last or run.is_due(run.config.checkpoint.save_interval):
+        run.pipeline.gather_weights()
+        (run.saving.save_last if is_last else run.saving.save)(run.state)
     if agreement.stop and run.state.step < run.last_step:
         raise Preempted(run.state.step)
 
@@ -268,6 +275,8 @@ def _summarize(run: Run, evaluation: Metrics) -> None:
     if run.state.step < train_steps:
         say(f"stopped at step {run.state.step:,} of {train_steps:,}; goes on with a larger train.exit_step or none")
         return
+    if run.config.model.forced_routing is not None:
+        say(f"routing was forced, {run.config.model.forced_routing.value}: losses of this run mean nothing")
     say(f"finished {run.state.step:,} steps in {run.config.run.dir}; another run needs another run.name")
     evaluation = evaluation or _evaluate(run)
     if run.context.is_main and run.datasets.valid:

@@ -14,11 +14,11 @@ from torch import Tensor
 from megatron_moe.checkpoint.checkpointer import load_weights
 from megatron_moe.checkpoint.run_folder import find_checkpoint, run_config
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.schema import Config, ParallelConfig
+from megatron_moe.config.schema import Config, KernelsConfig, OverlapConfig, ParallelConfig, RecomputeConfig
 from megatron_moe.data.tokenizer import load_tokenizer, num_ids
 from megatron_moe.distributed.context import distributed
+from megatron_moe.model.acceleration import accelerators_of
 from megatron_moe.model.build import build_chunks, in_precision
-from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.model.transformer_config import transformer_config
 from megatron_moe.train.step import Pipeline
 
@@ -67,12 +67,17 @@ def restored(folder: Path) -> Iterator[RestoredRun]:
     """Build the model of a run in this process and load its newest checkpoint, of any layout.
 
     Raises:
-        ConfigError: the folder is no run, or holds no checkpoint.
+        ConfigError: the folder is no run, holds no checkpoint, or one of forced routing.
     """
     config = read_config(folder)
+    if config.model.forced_routing is not None:
+        raise ConfigError(
+            f"{folder}: model.forced_routing={config.model.forced_routing.value} was for measurements only, the model "
+            "learned nothing; give another run"
+        )
     checkpoint = find_checkpoint(folder)
     with distributed(config.parallel) as context:
-        mcore_config = transformer_config(config, grouped_gemm=use_transformer_engine())
+        mcore_config = transformer_config(config, accelerators_of(context.device))
         chunks = build_chunks(config, mcore_config, context.pg_collection, context.device)
         model = in_precision(chunks, mcore_config)
         load_weights(model, checkpoint, config.model)
@@ -83,9 +88,14 @@ def restored(folder: Path) -> Iterator[RestoredRun]:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration a run left, laid out for one process; device groups stay as trained."""
+    """The configuration a run left, laid out for one process; device groups stay as trained.
+
+    What makes training smaller or faster is left out.
+    """
     config = run_config(folder)
     config.model.num_device_groups = config.model.num_device_groups or config.parallel.expert_model_parallel_size
     config.parallel = ParallelConfig()
-    config.train.deterministic = False  # of training only
+    config.recompute, config.kernels, config.overlap = RecomputeConfig(), KernelsConfig(), OverlapConfig()
+    config.precision.fp8 = None
+    config.train.deterministic = False
     return config

@@ -29,6 +29,7 @@ from megatron_moe.data.sources import Datasets, source_uses
 from megatron_moe.distributed import deterministic
 from megatron_moe.distributed.context import DistributedContext
 from megatron_moe.files import may_pass, write_json, write_whole
+from megatron_moe.model.acceleration import accelerators_of, describe
 from megatron_moe.model.layer_spec import use_transformer_engine
 from megatron_moe.plan.flops import model_flops_per_token, paper_flops_per_token
 from megatron_moe.plan.params import activated_params, total_params
@@ -94,6 +95,7 @@ def start_facts(config: Config, world_size: int, device: torch.device, datasets:
         ("batch", _batch_text(config, world_size)),
         ("data", _data_text(config, datasets)),
         *([("balance", _balance_text(config))] if model.num_experts and model.routing is Routing.topk else []),
+        *([("ROUTING", _forced_text(model))] if model.forced_routing is not None else []),
         (
             "schedule",
             f"lr {config.optimizer.lr:g} after {schedule.warmup_steps:,} warm-up steps"
@@ -101,7 +103,8 @@ def start_facts(config: Config, world_size: int, device: torch.device, datasets:
             + (f", x {schedule.decay_factor} at {decay} of {schedule.unit.value}" if decay else ", constant"),
         ),
         ("compute", _compute_text(config, device)),
-        ("precision", f"{config.precision.dtype.value}; router logits, optimizer state and gradient sums fp32"),
+        ("precision", _precision_text(config)),
+        *([("tuning", performance)] if (performance := describe(config, accelerators_of(device))) else []),
         *([("kernels", deterministic.describe())] if deterministic.is_on() else []),
         ("layout", describe_layout(parallel, world_size)),
     ]
@@ -159,6 +162,19 @@ def _compute_text(config: Config, device: torch.device) -> str:
         teraflops = paper_flops_per_token(model, length) * length / 1e12
         text += f"; {teraflops:,.4g} TFLOPs a sequence of {length}, as the DeepSeekMoE paper counts them"
     return text
+
+
+def _precision_text(config: Config) -> str:
+    precision = config.precision
+    eight_bits = f", multiplications fp8 ({precision.fp8.value}, {precision.fp8_recipe.value})" if precision.fp8 else ""
+    sums = "optimizer state and gradient sums fp32"
+    if not precision.grad_reduce_in_fp32:
+        sums = f"optimizer state fp32; gradient sums {precision.dtype.value}"
+    return f"{precision.dtype.value}{eight_bits}; router logits, {sums}"
+
+
+def _forced_text(model: ModelConfig) -> str:
+    return f"FORCED, {model.forced_routing.value}: for measurements only, nothing of use is learned"
 
 
 def _balance_text(config: Config) -> str:

@@ -92,12 +92,22 @@ class Pipeline:
         """Of all chunks, in layer order."""
         return routers(self.model)
 
-    def _forward_step(self, batches: Batches, model: DistributedDataParallel) -> tuple[Tensor, Any]:
+    def _forward_step(
+        self, batches: Batches, model: torch.nn.Module, return_schedule_plan: bool = False
+    ) -> tuple[Any, Any]:
+        """The losses of the next micro batch; for overlap.overlap_moe_expert_parallel_comm the plan of its layers."""
         watchdog.alive()
         batch = next(batches)
         self.begin_micro_batch(batch)
-        losses = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
+        forward = model.build_schedule_plan if return_schedule_plan else model
+        losses = forward(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
         return losses, partial(_sum_loss, batch["loss_mask"])
+
+    def gather_weights(self) -> None:
+        """Wait for the weights that overlap.overlap_param_gather leaves to the next forward pass. On all ranks."""
+        for chunk in self.model:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def begin_micro_batch(self, batch: Batch) -> None:
         """Tell the modules that work with more than their input which micro batch comes."""

@@ -33,7 +33,7 @@ def shapes_in_megatron_core() -> dict[str, dict[str, tuple[int, ...]]]:
     with distributed(tiny_config().parallel, init_method=os.environ["MEGATRON_MOE_INIT_METHOD"]) as context:
         for name, overrides in VARIANTS.items():
             config = tiny_config(*overrides)
-            mcore_config = transformer_config(config, grouped_gemm=False)
+            mcore_config = transformer_config(config)
             (chunk,) = build_chunks(config, mcore_config, context.pg_collection, torch.device("meta"))
             found[name] = {t.key: tuple(t.global_shape) for t in sharded_tensors(chunk.sharded_state_dict())}
     return found

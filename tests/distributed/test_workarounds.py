@@ -15,6 +15,8 @@ EXERCISE = {  # what needs it, where one rank of the plain model does not
     "synchronize": ["parallel=pp2"],
     "uneven_parts": ["parallel=tp2_ep2", "parallel.expert_tensor_parallel_size=2"],
     "latent_projections": MLA,
+    "generator_state": ["recompute=full"],
+    "recomputed_norms": ["recompute=selective", "recompute.modules=[layernorm]"],
 }
 RANKS = {"split_sizes": 2, "pinned_positions": 2, "synchronize": 2, "uneven_parts": 4}
 

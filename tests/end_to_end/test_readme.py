@@ -61,7 +61,17 @@ def test_command(number: int, checkout: Path) -> None:
 
 
 def test_the_choices_named_are_those_that_exist() -> None:
-    for group in ("model", "parallel", "precision", "data", "optimizer", "scheduler", "logger", "experiment"):
+    for group in (
+        "model",
+        "parallel",
+        "precision",
+        "recompute",
+        "data",
+        "optimizer",
+        "scheduler",
+        "logger",
+        "experiment",
+    ):
         (row,) = re.findall(rf"^\| `{group}` \| (.*) \|$", README, flags=re.MULTILINE)
         named = re.findall(r"`(\w+)`", row)
         assert sorted(named) == sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml")), group

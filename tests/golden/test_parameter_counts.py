@@ -67,7 +67,7 @@ def count_on_meta(names: list[str]) -> dict[str, tuple[int, int]]:
     with distributed(compose_config([]).parallel) as context:
         for name in names:
             config = compose_config([f"model={name}"])
-            mcore_config = transformer_config(config, grouped_gemm=False)
+            mcore_config = transformer_config(config)
             (model,) = build_chunks(config, mcore_config, context.pg_collection, torch.device("meta"))
             sizes = {n: p.numel() for n, p in model.named_parameters() if p.is_meta}
             experts = sum(size for n, size in sizes.items() if ".experts." in n and "shared" not in n)

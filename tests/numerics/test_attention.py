@@ -28,7 +28,7 @@ def attend(k_channels: int, v_channels: int) -> tuple[list[torch.Tensor], list[t
     config = tiny_config(f"parallel.context_parallel_size={size}", world_size=size)
     with distributed(config.parallel, init_method=os.environ["MEGATRON_MOE_INIT_METHOD"]) as context:
         attention = ScaledDotProductAttention(
-            transformer_config(config, grouped_gemm=False),
+            transformer_config(config),
             1,
             AttnMaskType.causal,
             "self",

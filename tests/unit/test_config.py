@@ -13,7 +13,7 @@ from megatron_moe.config.load import CONF_DIR, compose_config
 from megatron_moe.config.validate import validate
 
 ROOT = Path(__file__).parents[2]
-GROUPS = ["model", "parallel", "precision", "optimizer", "scheduler", "logger", "debug"]
+GROUPS = ["model", "parallel", "precision", "recompute", "optimizer", "scheduler", "logger", "debug"]
 
 
 def problems(*overrides: str, world_size: int | None = None) -> list[str]:

@@ -7,8 +7,9 @@ import yaml
 
 from megatron_moe.checkpoint.run_folder import plain
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import KernelsConfig, OverlapConfig, RecomputeConfig
 from megatron_moe.data.tokenizer import train_tokenizer
-from megatron_moe.train.restore import RestoredRun, read_config
+from megatron_moe.train.restore import RestoredRun, read_config, restored
 from tests.helpers.training import tiny_config
 
 
@@ -30,11 +31,21 @@ def test_damaged_configurations_are_named(content: bytes | None, expected: str, 
 
 
 def test_what_was_for_training_only_is_left_out(tmp_path: Path) -> None:
-    trained = tiny_config("train.deterministic=true", "parallel=ep2", "run.name=a", world_size=2)
+    options = ["recompute=full", "kernels.dispatcher=deepep", "precision=fp8"]
+    trained = tiny_config("train.deterministic=true", "parallel=ep2", "run.name=a", *options, world_size=2)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(trained)))
     config = read_config(tmp_path)
     assert not config.train.deterministic
     assert config.parallel.expert_model_parallel_size == 1
+    assert (config.recompute, config.kernels, config.overlap) == (RecomputeConfig(), KernelsConfig(), OverlapConfig())
+    assert config.precision.fp8 is None
+
+
+def test_a_run_of_forced_routing_is_not_looked_at(tmp_path: Path) -> None:
+    measured = tiny_config("model.forced_routing=balanced", "run.name=a")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(plain(measured)))
+    with pytest.raises(ConfigError, match=r"model\.forced_routing=balanced was for measurements only"):
+        restored(tmp_path).__enter__()
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Measure, beside what a user would take instead, in one run on this machine.
 
-python tools/benchmark.py {data,checkpoint} [--json FILE]
+python tools/benchmark.py {data,checkpoint,plan} [--json FILE]
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rich.table import Table
 from megatron_moe.config.errors import exit_code_of
 from megatron_moe.distributed.accelerators import quiet
 from tools.benchmarks.checkpoint import save_and_load
+from tools.benchmarks.plan import OTHERS, predictions
 
 Result = dict[str, Any]
 SEQUENCE_LENGTH = 4096
@@ -51,7 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.add_argument("--hidden-size", type=int, default=512, help="of the nano model (default: 512, 0.75 GB)")
     checkpoint.add_argument("--repeat", type=int, default=5, help="the median of so many counts (default: 5)")
     checkpoint.set_defaults(benchmark=benchmark_checkpoint)
-    for command in (data, checkpoint):
+    plan = commands.add_parser("plan", help="steps that tools/plan.py predicts, calibrated on one run on this machine")
+    plan.add_argument("--steps", type=int, default=14, help="of each run (default: 14)")
+    plan.add_argument("--others", nargs="+", default=OTHERS, metavar="OPTIONS", help="of the runs that are predicted")
+    plan.set_defaults(benchmark=lambda args: predictions(args.steps, args.others))
+    for command in (data, checkpoint, plan):
         command.add_argument("--json", type=Path, help="file for all figures")
     args = parser.parse_args(argv)
     return exit_code_of(lambda: report(args.benchmark(args), args.json))

@@ -14,7 +14,16 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
 FIRST_RUN = next(i for i, command in enumerate(COMMANDS) if command.startswith("python pretrain.py"))
 WANDB_RUN = next(i for i, command in enumerate(COMMANDS) if "logger=wandb" in command)
-SHORTEN = "train.train_steps=2 evaluation.num_samples=8 train.micro_batch_size=1 data.sequence_length=32"
+SHORTEN = (
+    "train.train_steps=2 logger.log_interval=1 evaluation.num_samples=8 train.micro_batch_size=1 "
+    "data.sequence_length=32"
+)
+SHORTER = {
+    "benchmark.py data": "--megabytes 1 --documents 1e4 --repeat 1 --steps 1",
+    "benchmark.py checkpoint": "--hidden-size 64 --repeat 1",
+    "benchmark.py plan": "--steps 4 --others parallel=ep2",
+    "analyze_experts.py": "--num-samples 8",
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +44,9 @@ def test_the_readme_has_its_commands() -> None:
 
 def shortened(command: str, name: str) -> str:
     """Training for two steps on little data; of a sweep two jobs; a small benchmark; a dry run of few layers."""
-    if "benchmark.py data" in command:
-        return f"{command} --megabytes 1 --documents 1e4 --repeat 1 --steps 1"
-    if "benchmark.py checkpoint" in command:
-        return f"{command} --hidden-size 64 --repeat 1"
-    if "analyze_experts.py" in command:
-        return f"{command} --num-samples 8"
+    for tool, options in SHORTER.items():
+        if tool in command:
+            return f"{command} {options}"
     if "pretrain.py" not in command or "--cfg" in command:
         return command
     if "--multirun" in command:

@@ -58,6 +58,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def trained_here(run: Path, *overrides: str) -> list[dict[str, Any]]:
     """What a run has logged when it is trained to its end by ranks as pretrain.py starts them."""
+    run.mkdir(exist_ok=True)
     run_ranks(train_as_told, 4, [*RUN, *overrides, LAYOUT, f"run.dir={run}"])
     return computed(run)
 

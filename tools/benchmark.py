@@ -1,6 +1,6 @@
 """Measure, beside what a user would take instead, in one run on this machine.
 
-python tools/benchmark.py {data,checkpoint,plan} [--json FILE]
+python tools/benchmark.py {train,data,checkpoint,plan} [--json FILE]
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from megatron_moe.config.errors import exit_code_of
 from megatron_moe.distributed.accelerators import quiet
 from tools.benchmarks.checkpoint import save_and_load
 from tools.benchmarks.plan import OTHERS, predictions
+from tools.benchmarks.train import CONTENDERS, SIZES, compare, measure
 
 Result = dict[str, Any]
 SEQUENCE_LENGTH = 4096
@@ -52,11 +53,17 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint.add_argument("--hidden-size", type=int, default=512, help="of the nano model (default: 512, 0.75 GB)")
     checkpoint.add_argument("--repeat", type=int, default=5, help="the median of so many counts (default: 5)")
     checkpoint.set_defaults(benchmark=benchmark_checkpoint)
+    train = commands.add_parser("train", help="a training step beside transformers and plain megatron-core")
+    train.add_argument("--sizes", nargs="+", default=["small"], choices=SIZES, help="of the model (default: small)")
+    train.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    train.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="CONTENDER")
+    train.add_argument("--steps", type=int, default=5, help="the median of so many (default: 5)")
+    train.set_defaults(benchmark=benchmark_train)
     plan = commands.add_parser("plan", help="steps that tools/plan.py predicts, calibrated on one run on this machine")
     plan.add_argument("--steps", type=int, default=14, help="of each run (default: 14)")
     plan.add_argument("--others", nargs="+", default=OTHERS, metavar="OPTIONS", help="of the runs that are predicted")
     plan.set_defaults(benchmark=lambda args: predictions(args.steps, args.others))
-    for command in (data, checkpoint, plan):
+    for command in (train, data, checkpoint, plan):
         command.add_argument("--json", type=Path, help="file for all figures")
     args = parser.parse_args(argv)
     return exit_code_of(lambda: report(args.benchmark(args), args.json))
@@ -94,6 +101,20 @@ def benchmark_checkpoint(args: argparse.Namespace) -> list[Result]:
     """Saving and loading beside `torch.distributed.checkpoint`."""
     quiet()
     return in_new_process(save_and_load, args.hidden_size, args.repeat)
+
+
+def benchmark_train(args: argparse.Namespace) -> list[Result]:
+    """A step of each contender in a process of its own, one after the other."""
+    quiet()
+    results = []
+    for size in args.sizes:
+        measured = {
+            (contender, precision): in_new_process(measure, contender, size, precision, args.steps)
+            for precision in args.precisions
+            for contender in args.contenders
+        }
+        results += compare(size, measured)
+    return results
 
 
 def in_new_process(function: Callable[..., Any], *args: Any, **environment: str) -> Any:

@@ -60,13 +60,11 @@ def block_spec(
             layer.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.arbitrary
         if isinstance(moe := layer.submodules.mlp.submodules, MoESubmodules):
             moe.router = router
-            if not with_te:
-                moe.experts = ModuleSpec(GroupedExperts)
     return spec
 
 
 def _replace_local_modules(spec: TransformerBlockSubmodules) -> None:
-    """Our modules for those of megatron-core that are wrong or refuse under tensor or context parallelism."""
+    """Our modules for those of megatron-core that are slow, or wrong under tensor or context parallelism."""
     spec.layer_norm = RMSNorm
     for layer in spec.layer_specs:
         layer.submodules.input_layernorm = RMSNorm
@@ -76,3 +74,5 @@ def _replace_local_modules(spec: TransformerBlockSubmodules) -> None:
         if isinstance(attention, MLASelfAttentionSubmodules):
             attention.q_layernorm = attention.kv_layernorm = RMSNorm
             attention.linear_q_down_proj = attention.linear_kv_down_proj = ReplicatedLinear
+        if isinstance(moe := layer.submodules.mlp.submodules, MoESubmodules):
+            moe.experts = ModuleSpec(GroupedExperts)

@@ -8,7 +8,7 @@ import pytest
 from megatron_moe.config.load import compose_plan
 from megatron_moe.config.validate import validate
 from megatron_moe.plan.estimate import checked, estimate, memory_limit
-from megatron_moe.plan.search import DOES_NOT_FIT, NEEDS_RECOMPUTE, Search, search
+from megatron_moe.plan.search import DOES_NOT_FIT, RECOMPUTE, Search, search
 
 TENSOR, CONTEXT, PIPELINE, VIRTUAL, EXPERT = (
     f"parallel.{name}_parallel_size"

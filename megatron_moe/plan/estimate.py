@@ -11,7 +11,15 @@ from operator import add
 
 from megatron_moe.config.derived import num_chunks, samples_before
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.schema import Attention, ClusterConfig, DataConfig, DataKind, PlanConfig
+from megatron_moe.config.schema import (
+    Attention,
+    ClusterConfig,
+    DataConfig,
+    DataKind,
+    KernelsConfig,
+    OverlapConfig,
+    PlanConfig,
+)
 from megatron_moe.config.validate import validate
 from megatron_moe.plan.flops import model_flops_per_token, paper_flops_per_token
 from megatron_moe.plan.memory import StageMemory, memory_by_stage
@@ -175,6 +183,18 @@ def estimate(config: PlanConfig) -> Plan:
     )
 
 
+def not_estimated(config: PlanConfig) -> list[str]:
+    """Options that are not as without, and that no estimate depends on."""
+    groups = {"kernels": (config.kernels, KernelsConfig()), "overlap": (config.overlap, OverlapConfig())}
+    options = [
+        f"{group}.{name}"
+        for group, (given, plain) in groups.items()
+        for name, value in vars(given).items()
+        if value != getattr(plain, name)
+    ]
+    return [*options, "precision.fp8"] if config.precision.fp8 else options
+
+
 def memory_limit(cluster: ClusterConfig) -> float:
     """Usable bytes of a GPU."""
     return cluster.memory_bytes * cluster.usable_memory
@@ -259,4 +279,5 @@ FORMULAS = {
         "14 bytes a parameter; interval sqrt(2 x seconds of a save x mean time to failure)",
         ("storage_bandwidth", "gpu_mtbf_hours"),
     ),
+    "not estimated": Formula("planned as without them; what communication takes no time is in cluster.*_overlap"),
 }

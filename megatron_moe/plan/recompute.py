@@ -82,3 +82,11 @@ def flops_again(model: ModelConfig, again: Again, sequence_length: int) -> Forwa
         + again.dense_ffns * ffn * model.ffn_hidden_size
         + again.shared_experts * model.num_shared_experts * expert,
     )
+
+
+def describe_recompute(recompute: RecomputeConfig) -> str:
+    """What is computed again, as text; "none"."""
+    if recompute.granularity is None:
+        return "none"
+    what = [module.value for module in recompute.modules] or [f"{recompute.method.value} {recompute.num_layers}"]
+    return f"{recompute.granularity.value} ({', '.join(what)})"

@@ -112,13 +112,13 @@ class PassTraffic:
 
 @dataclass(frozen=True)
 class Exchanges:
-    """How often a pass through some layers communicates, in elements a token and rank, but for imbalance.
+    """What a pass through some layers communicates, in elements a token.
 
     Attributes:
         gathered: of inputs, by tensor-parallel ranks.
         scattered: of outputs, by the same.
         keys_and_values: passed round by context-parallel ranks.
-        experts: layers whose tokens go to experts and back.
+        experts: layers (no elements) whose tokens go to experts and back.
     """
 
     gathered: int

@@ -130,7 +130,7 @@ def distinct_ranks(parallel: ParallelConfig, world_size: int) -> list[list[int]]
 
 
 def build_rank(config: Config, rank: int, world_size: int) -> Built:
-    """Build model and optimizer of a rank as a start does, on the meta device; what needs a GPU by its plain equivalent."""
+    """Build model and optimizer of a rank as a start does, on the meta device, and nothing that needs a GPU."""
     config = without_performance_options(config)
     with one_of_many(config.parallel, rank, world_size) as context:
         model = build_model(config, context.pg_collection, context.device)

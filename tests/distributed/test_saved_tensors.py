@@ -55,10 +55,6 @@ class Saved:
         return tensor
 
 
-def of_a_layer(*overrides: str) -> list[str]:
-    return [*SIZES, *overrides]
-
-
 def test_layers_that_are_computed_again_keep_their_input() -> None:
     """An MoE layer's share: the difference of a layer. In fp32, twice the bytes of the plan."""
     choices = [[], ["recompute=full"], ["recompute=selective", "recompute.modules=[moe]"]]

@@ -142,8 +142,8 @@ def test_selective_recomputation_adds_its_parts() -> None:
     _, moe = times(selective("moe"), LAYERS)
     assert moe.recompute == pytest.approx(4 * 16 * 6 * 4096 * 1408 / rate("deepseekmoe_145b"))
     assert moe.all_to_all == pytest.approx(2 * plain.all_to_all)
-    # The shared experts' share: of attention, these and the head forward has 4 x 2 + 4 x 2 + 1 exchanges.
-    assert moe.tensor == pytest.approx(plain.tensor + 8 / 17 * forward.tensor)
+    # The shared experts have 4 x 2 exchanges; attention as many forward, and the head 2.
+    assert moe.tensor == pytest.approx(plain.tensor + 8 / 18 * forward.tensor)
     _, shared = times(selective("shared_experts"), LAYERS)
     assert shared.recompute == pytest.approx(moe.recompute / 4)
     assert shared.all_to_all == plain.all_to_all

@@ -16,7 +16,7 @@ from megatron_moe.config.schema import (
     RecomputeModule,
 )
 from megatron_moe.plan.attention import attention_size
-from megatron_moe.plan.flops import ForwardFlops, forward_flops
+from megatron_moe.plan.flops import ForwardFlops
 from megatron_moe.plan.pipeline import Layers
 
 NO_LAYERS = Layers(0, 0)
@@ -41,6 +41,9 @@ class Again:
     dense_ffns: int = 0
     routed_experts: int = 0
     shared_experts: int = 0
+
+
+NOTHING = Again(NO_LAYERS)
 
 
 def computed_again(model: ModelConfig, recompute: RecomputeConfig, layers: Layers) -> Again:
@@ -69,15 +72,14 @@ def whole_layers(recompute: RecomputeConfig, layers: Layers) -> Layers:
     return Layers(dense, min(recompute.num_layers - dense, layers.moe))
 
 
-def flops_again(model: ModelConfig, again: Again, sequence_length: int) -> ForwardFlops:
-    """Of a forward pass through it, a token, as `forward_flops` counts."""
-    whole, attention = forward_flops(model, again.whole, sequence_length), attention_size(model)
+def flops_of_parts(model: ModelConfig, again: Again, sequence_length: int) -> ForwardFlops:
+    """Of a forward pass through what is no whole layer, a token, as `forward_flops` counts."""
+    attention = attention_size(model)
     ffn = 6 * model.hidden_size  # for each entry of its width
     expert = ffn * model.expert_ffn_hidden_size
     return ForwardFlops(
-        routed=whole.routed + again.routed_experts * model.router_topk * expert,
-        rest=whole.rest
-        + again.attention_cores * 2 * model.num_attention_heads * sequence_length * attention.width
+        routed=again.routed_experts * model.router_topk * expert,
+        rest=again.attention_cores * 2 * model.num_attention_heads * sequence_length * attention.width
         + again.up_projections * 2 * attention.up
         + again.dense_ffns * ffn * model.ffn_hidden_size
         + again.shared_experts * model.num_shared_experts * expert,

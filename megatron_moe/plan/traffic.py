@@ -10,7 +10,7 @@ from megatron_moe.plan.attention import attention_size
 from megatron_moe.plan.memory import state_bytes, tokens_of_rank
 from megatron_moe.plan.params import RankParams
 from megatron_moe.plan.pipeline import Layers
-from megatron_moe.plan.recompute import Again, computed_again
+from megatron_moe.plan.recompute import NOTHING, Again, computed_again
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,10 @@ def pass_traffic(config: Config, groups: Groups, layers: Layers, *, backward: bo
     round, and backward these and their gradients. What is computed again in a backward pass communicates as forward.
     """
     sent = _sent(config, groups, _of_layers(config.model, layers), backward=backward, imbalance=imbalance)
-    if not backward:
+    again = computed_again(config.model, config.recompute, layers) if backward else NOTHING
+    if again == NOTHING:
         return sent
-    again = _of_again(config.model, computed_again(config.model, config.recompute, layers))
-    return sent + _sent(config, groups, again, backward=False, imbalance=imbalance)
+    return sent + _sent(config, groups, _of_again(config.model, again), backward=False, imbalance=imbalance)
 
 
 def _sent(config: Config, groups: Groups, of: Exchanges, *, backward: bool, imbalance: float) -> PassTraffic:

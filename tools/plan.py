@@ -22,14 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
+from megatron_moe.checkpoint.run_folder import plain
 from megatron_moe.config.derived import num_chunks, required_world_size
 from megatron_moe.config.errors import ConfigError, exit_code_of
 from megatron_moe.config.load import CONF_DIR, compose_plan
 from megatron_moe.config.schema import ParallelConfig, PlanConfig
-from megatron_moe.plan.estimate import FORMULAS, Plan, checked, estimate
+from megatron_moe.plan.estimate import FORMULAS, Plan, checked, estimate, not_estimated
 from megatron_moe.plan.hardware import measured, of_a_rank
 from megatron_moe.plan.pipeline import layers_per_chunk
-from megatron_moe.plan.search import Found, Search, search
+from megatron_moe.plan.recompute import describe_recompute
+from megatron_moe.plan.search import RECOMPUTE, Found, Search, search
 from tools.planning.calibrate import calibrate
 from tools.planning.choices import new_choice
 
@@ -114,7 +116,7 @@ def run_search(args: argparse.Namespace) -> None:
     if args.emit:
         if not result.found:
             raise ConfigError(f"--emit {args.emit}: no layout fits")
-        emit(args, result.found[0])
+        emit(args, config, result.found[0])
 
 
 def composed(args: argparse.Namespace) -> PlanConfig:
@@ -183,6 +185,8 @@ def facts(config: PlanConfig, plan: Plan) -> Iterator[tuple[str, str, str]]:
         f"{max(1, round(saved.interval / step.total)):,} steps",
         "checkpoint",
     )
+    if options := not_estimated(config):
+        yield "not estimated", ", ".join(options), "not estimated"
 
 
 def inputs(config: PlanConfig) -> Iterator[tuple[str, str, str, str]]:
@@ -199,7 +203,8 @@ def title_of(config: PlanConfig, plan: Plan) -> str:
     sizes = [f"{SHORT[name]} {size}" for name, size in vars(config.parallel).items() if name in SHORT and size]
     layers = f", layers {layers_per_chunk(config.model, config.parallel)}" if num_chunks(config.parallel) > 1 else ""
     batch = f"micro batch {config.train.micro_batch_size} of {config.train.global_batch_size:,}"
-    return f"{config.model.name} on {plan.num_gpus} x {config.cluster.name}: {', '.join(sizes)}{layers}, {batch}"
+    again = f", recompute {describe_recompute(config.recompute)}" if config.recompute.granularity else ""
+    return f"{config.model.name} on {plan.num_gpus} x {config.cluster.name}: {', '.join(sizes)}{layers}, {batch}{again}"
 
 
 def print_plan(config: PlanConfig, plan: Plan) -> None:
@@ -244,7 +249,9 @@ def as_json(config: PlanConfig, plan: Plan) -> dict[str, Any]:
         "days": plan.days,
         "gpu_hours": plan.gpu_hours,
         "parallel": dataclasses.asdict(config.parallel),
+        "recompute": plain(config.recompute),
         "micro_batch_size": config.train.micro_batch_size,
+        "not_estimated": not_estimated(config),
         "cluster": dataclasses.asdict(config.cluster),
         "formulas": {name: dataclasses.asdict(formula) for name, formula in FORMULAS.items()},
     }
@@ -256,6 +263,7 @@ def layout(found: Found) -> dict[str, Any]:
     return {
         **{short: getattr(parallel, name) for name, short in SHORT.items()},
         "micro batch": found.config.train.micro_batch_size,
+        "recompute": describe_recompute(found.config.recompute),
         "layers": parallel.pipeline_layout,
         "GiB": round(found.memory / GIB, 1),
         "step, s": round(found.step_s, 3),
@@ -280,7 +288,7 @@ def print_search(config: PlanConfig, result: Search) -> None:
     console.print(reasons)
 
 
-def emit(args: argparse.Namespace, found: Found) -> None:
+def emit(args: argparse.Namespace, asked: PlanConfig, found: Found) -> None:
     """Write a layout as a choice of `parallel`, and say how to run it."""
     path = new_choice(args.config_dir, "parallel", args.emit)
     default = ParallelConfig()
@@ -289,6 +297,8 @@ def emit(args: argparse.Namespace, found: Found) -> None:
     path.write_text("\n".join([title, *(f"{name}: {value}" for name, value in chosen.items())]) + "\n")
     options = [override for override in with_recipe(args.overrides) if not override.startswith(("cluster", "parallel"))]
     command = ["python", "pretrain.py", "--config-dir", str(args.config_dir), *options, f"parallel={args.emit}"]
+    if found.config.recompute != asked.recompute:
+        command += [f"recompute={name}" for name, choice in RECOMPUTE.items() if choice == found.config.recompute]
     micro_batch = f"train.micro_batch_size={found.config.train.micro_batch_size}"
     print(f"wrote {path}; {shlex.join([*command, micro_batch])}")
 

@@ -16,7 +16,7 @@ import yaml
 
 from megatron_moe.config.errors import ConfigError, unreadable
 from megatron_moe.config.load import from_plain
-from megatron_moe.config.schema import ClusterConfig, Config, ModelConfig
+from megatron_moe.config.schema import ClusterConfig, Config, ModelConfig, RecomputeConfig
 
 PARTIAL = ".partial"  # being written
 REMOVED = ".removed"  # being removed
@@ -115,7 +115,7 @@ def saved_config(checkpoint: Path) -> Config:
         raise ConfigError(*(f"{file}: {problem}" for problem in error.problems)) from None
 
 
-def plain(config: Config | ModelConfig | ClusterConfig) -> dict[str, Any]:
+def plain(config: Config | ModelConfig | ClusterConfig | RecomputeConfig) -> dict[str, Any]:
     """A configuration as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=_enum_value))
 

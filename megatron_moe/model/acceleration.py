@@ -18,6 +18,7 @@ from megatron_moe.config.performance_rules import why_not_fused
 from megatron_moe.config.schema import Attention, Config, Dispatcher, KernelsConfig, OverlapConfig, RecomputeModule
 from megatron_moe.distributed.accelerators import has_fused_weight_gradient
 from megatron_moe.model.layer_spec import use_transformer_engine
+from megatron_moe.plan.recompute import describe_recompute
 
 FUSIONS = tuple(option.name for option in fields(KernelsConfig) if option.name.endswith("_fusion"))
 FP8_VERSION = "2.6.0"  # of Transformer Engine; below it, not all recipes and not with what is computed again
@@ -199,7 +200,6 @@ def overlaps_param_gather(overlap: OverlapConfig, accelerators: Accelerators) ->
 def describe(config: Config, accelerators: Accelerators) -> str:
     """What of it is on, for the start of a run; empty: nothing."""
     overlap = config.overlap
-    recompute = config.recompute
     on = [name for name in FUSIONS if is_fused(config, name, accelerators)]
     if overlaps_grad_reduce(overlap, accelerators):
         on.append("overlap_grad_reduce")
@@ -211,7 +211,6 @@ def describe(config: Config, accelerators: Accelerators) -> str:
         on.append(f"dispatcher {config.kernels.dispatcher.value}")
     if config.kernels.cuda_graph_scope:
         on.append("CUDA graphs of " + " and ".join(scope.value for scope in config.kernels.cuda_graph_scope))
-    if recompute.granularity is not None:
-        what = [module.value for module in recompute.modules] or [f"{recompute.method.value} {recompute.num_layers}"]
-        on.append(f"recompute {recompute.granularity.value} ({', '.join(what)})")
+    if config.recompute.granularity is not None:
+        on.append(f"recompute {describe_recompute(config.recompute)}")
     return ", ".join(on)

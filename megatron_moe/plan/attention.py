@@ -30,6 +30,9 @@ class AttentionSize:
         keys_and_values: elements a token that context-parallel ranks exchange.
         gathered: elements a token that tensor-parallel ranks gather for the block.
         kept_bytes: for the backward pass, a token, in bf16 and with an attention that keeps no scores.
+        up: entries of the matrices from latents to queries, keys and values, of `cut`.
+        up_gathered: elements a token that tensor-parallel ranks gather for these.
+        up_bytes: of `kept_bytes`, what is computed with them.
     """
 
     cut: int
@@ -39,6 +42,9 @@ class AttentionSize:
     keys_and_values: int
     gathered: int
     kept_bytes: int
+    up: int = 0
+    up_gathered: int = 0
+    up_bytes: int = 0
 
 
 def attention_size(model: ModelConfig) -> AttentionSize:
@@ -70,14 +76,16 @@ def _latent(model: ModelConfig) -> AttentionSize:
     hidden, heads = model.hidden_size, model.num_attention_heads
     query_rank, latent, rotary = model.q_lora_rank or 0, model.kv_lora_rank, model.qk_pos_emb_head_dim
     key, value = model.qk_head_dim + rotary, model.v_head_dim
+    up = (query_rank or hidden) * heads * key + latent * heads * (model.qk_head_dim + value)
     return AttentionSize(
-        cut=(query_rank or hidden) * heads * key
-        + latent * heads * (model.qk_head_dim + value)
-        + heads * value * hidden,
+        cut=up + heads * value * hidden,
         replicated=hidden * (query_rank + latent + rotary),
         norms=query_rank + latent,
         width=(key + value) / 2,
         keys_and_values=heads * (key + value),
         gathered=(query_rank or hidden) + latent + rotary,
         kept_bytes=4 * hidden + 4 * (query_rank + latent + heads * (key + value)) + 2 * rotary + 4 * heads,
+        up=up,
+        up_gathered=(query_rank or hidden) + latent,
+        up_bytes=2 * (query_rank + latent) + 2 * heads * (2 * key + value),
     )

@@ -11,7 +11,15 @@ from operator import add
 
 from megatron_moe.config.derived import num_chunks, samples_before
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.schema import Attention, ClusterConfig, DataConfig, DataKind, PlanConfig
+from megatron_moe.config.schema import (
+    Attention,
+    ClusterConfig,
+    DataConfig,
+    DataKind,
+    KernelsConfig,
+    OverlapConfig,
+    PlanConfig,
+)
 from megatron_moe.config.validate import validate
 from megatron_moe.plan.flops import model_flops_per_token, paper_flops_per_token
 from megatron_moe.plan.memory import StageMemory, memory_by_stage
@@ -175,6 +183,18 @@ def estimate(config: PlanConfig) -> Plan:
     )
 
 
+def not_estimated(config: PlanConfig) -> list[str]:
+    """Options that are not as without, and that no estimate depends on."""
+    groups = {"kernels": (config.kernels, KernelsConfig()), "overlap": (config.overlap, OverlapConfig())}
+    options = [
+        f"{group}.{name}"
+        for group, (given, plain) in groups.items()
+        for name, value in vars(given).items()
+        if value != getattr(plain, name)
+    ]
+    return [*options, "precision.fp8"] if config.precision.fp8 else options
+
+
 def memory_limit(cluster: ClusterConfig) -> float:
     """Usable bytes of a GPU."""
     return cluster.memory_bytes * cluster.usable_memory
@@ -231,27 +251,33 @@ FORMULAS = {
     "parameters": Formula("sizes of all tensors; on a rank cut over TP, routed experts over EP x ETP"),
     "FLOPs per token": Formula("6 x the matrices a token meets + causal attention, no router; or as the paper counts"),
     "weights": Formula("2 bytes (fp32: 4) a parameter of the rank"),
-    "gradients": Formula("4 bytes a parameter of the rank"),
+    "gradients": Formula("4 bytes a parameter of the rank; 2 with grad_reduce_in_fp32=false"),
     "optimizer": Formula("12 bytes (fp32: 8) a parameter of the rank, shared over its replicas"),
-    "activations": Formula("what each layer's backward pass needs x micro batches in flight", ("expert_imbalance",)),
+    "activations": Formula(
+        "what each layer's backward pass needs and does not recompute x micro batches in flight + what one recomputes",
+        ("expert_imbalance",),
+    ),
     "logits": Formula("6 bytes (fp32: 12) a token and entry of the vocabulary, on the last stage"),
     "dispatch": Formula("8 bytes (fp32: 16) x top-k x hidden a token", ("expert_imbalance",)),
     "limit": Formula("memory of the card x usable_memory", ("usable_memory",)),
     "all_to_all": Formula(
-        "4 a layer and micro batch: 2 bytes (fp32: 4) x top-k x hidden a token", ("expert_imbalance",)
+        "4 a layer and micro batch (recomputed: 6): 2 bytes (fp32: 4) x top-k x hidden a token", ("expert_imbalance",)
     ),
-    "tensor": Formula("inputs of blocks gathered, outputs scattered, forward and backward"),
-    "context": Formula("keys and values passed round, backward with their gradients"),
-    "data": Formula("gradients scattered, weights gathered: 6 bytes (fp32: 8) x (n - 1) / n a parameter"),
+    "tensor": Formula("inputs of blocks gathered, outputs scattered, forward, backward and recomputed"),
+    "context": Formula("keys and values passed round, backward with their gradients, and recomputed"),
+    "data": Formula("gradients scattered, weights gathered: their bytes x (n - 1) / n a parameter"),
     "pipeline": Formula("2 bytes (fp32: 4) x hidden a token, forward and backward, from stage to stage"),
     "bubble": Formula("simulated; (p - 1) / (v m) where all stages take as long", RATES),
     "step time": Formula(
-        "simulated passes of FLOPs / reached peak + overhead + bytes / reached bandwidth; then the rest", ALL_RATES
+        "simulated passes of FLOPs, recomputed ones too, / reached peak + overhead + bytes / reached bandwidth; "
+        "then the rest",
+        ALL_RATES,
     ),
-    "speed": Formula("tokens of a step / its time / GPUs; MFU: x FLOPs a token / peak", ALL_RATES),
+    "speed": Formula("tokens of a step / its time / GPUs; MFU: x FLOPs a token, none recomputed, / peak", ALL_RATES),
     "run": Formula("tokens / speed, without pauses", ALL_RATES),
     "checkpoint": Formula(
         "14 bytes a parameter; interval sqrt(2 x seconds of a save x mean time to failure)",
         ("storage_bandwidth", "gpu_mtbf_hours"),
     ),
+    "not estimated": Formula("planned as without them; what communication takes no time is in cluster.*_overlap"),
 }

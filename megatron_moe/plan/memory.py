@@ -9,10 +9,10 @@ from megatron_moe.config.derived import (
     expert_tensor_parallel_size,
     num_micro_batches,
 )
-from megatron_moe.config.schema import Config, Dtype, ModelConfig
-from megatron_moe.plan.attention import attention_size
+from megatron_moe.config.schema import Config, Dtype, PrecisionConfig
+from megatron_moe.plan.activations import activation_bytes
 from megatron_moe.plan.params import RankParams, rank_params
-from megatron_moe.plan.pipeline import Layers, layers_by_stage
+from megatron_moe.plan.pipeline import Layers, chunks_by_stage
 from megatron_moe.plan.schedule import micro_batches_in_flight
 
 
@@ -25,8 +25,11 @@ class StateBytes:
     optimizer: int
 
 
-# Weights and moments of the optimizer are fp32, beside those of the model or as these.
-STATE_BYTES = {Dtype.bf16: StateBytes(2, 4, 12), Dtype.fp32: StateBytes(4, 4, 8)}
+def state_bytes(precision: PrecisionConfig) -> StateBytes:
+    """Of a precision. Weights and moments of the optimizer are fp32, beside those of the model or as these."""
+    if precision.dtype is Dtype.fp32:
+        return StateBytes(4, 4, 8)
+    return StateBytes(2, 4 if precision.grad_reduce_in_fp32 else 2, 12)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class StageMemory:
         weights: of the parameters on the rank.
         gradients: of all of them.
         optimizer: of the rank's share of the state.
-        activations: kept for the backward passes of the micro batches in flight.
+        activations: kept for the backward passes of the micro batches in flight, and what one computes again.
         logits: and what their loss keeps.
         dispatch: buffers of one MoE layer's all-to-all and their gradients.
     """
@@ -60,27 +63,25 @@ class StageMemory:
         return self.static + self.activations + self.logits + self.dispatch
 
 
-def memory_by_stage(
-    config: Config, world_size: int, *, imbalance: float = 1.0, recompute: bool = False
-) -> list[StageMemory]:
+def memory_by_stage(config: Config, world_size: int, *, imbalance: float = 1.0) -> list[StageMemory]:
     """What the fullest rank of each pipeline stage needs, without fragmentation and what libraries take.
 
     Args:
         config: with a layout that fits `world_size` ranks.
         world_size: of all ranks.
         imbalance: tokens of the rank with the most over their mean over expert-parallel ranks.
-        recompute: layers keep their input only, and compute again what their backward pass needs.
     """
     model, parallel = config.model, config.parallel
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
     micro_batches = most_micro_batches(config, world_size)
     scale = tokens_of_rank(config) * (2 if config.precision.dtype is Dtype.fp32 else 1)
-    layers_on = layers_by_stage(model, parallel)
+    chunks_on = chunks_by_stage(model, parallel)
+    layers_on = [sum(chunks, Layers(0, 0)) for chunks in chunks_on]
     static = {layers: static_bytes(config, world_size, layers) for layers in set(layers_on)}
     memory = []
     for stage, layers in enumerate(layers_on):
         in_flight = micro_batches_in_flight(stages, stage, virtual, micro_batches)
-        kept = activation_bytes(model, layers, in_flight, imbalance=imbalance, recompute=recompute)
+        kept = activation_bytes(model, config.recompute, chunks_on[stage], in_flight, imbalance=imbalance)
         memory.append(
             StageMemory(
                 *static[layers],
@@ -97,15 +98,13 @@ def most_micro_batches(config: Config, world_size: int) -> int:
     return num_micro_batches(config, world_size, config.train.global_batch_size * config.train.train_steps)
 
 
-def static_bytes(
-    config: Config, world_size: int, layers: Layers, *, state: StateBytes | None = None
-) -> tuple[float, float, float]:
+def static_bytes(config: Config, world_size: int, layers: Layers) -> tuple[float, float, float]:
     """Bytes of the weights, gradients and share of the optimizer state of a rank with these layers.
 
     The state is spread over the ranks that hold the same parameters: data- and context-parallel ones, and of routed
-    experts those of the same experts. `state` null: as the precision has it.
+    experts those of the same experts.
     """
-    state = state or STATE_BYTES[config.precision.dtype]
+    state = state_bytes(config.precision)
     params = rank_params(config.model, config.parallel, layers)
     return (
         state.weight * params.total,
@@ -121,27 +120,6 @@ def optimizer_share(config: Config, world_size: int, params: RankParams) -> floa
     expert_ranks = parallel.expert_model_parallel_size * expert_tensor_parallel_size(parallel)
     expert_replicas = world_size // parallel.pipeline_model_parallel_size // expert_ranks
     return params.dense / replicas + params.experts / expert_replicas
-
-
-def activation_bytes(
-    model: ModelConfig, layers: Layers, in_flight: float, *, imbalance: float = 1.0, recompute: bool = False
-) -> float:
-    """Bytes that some layers keep for the backward passes of `in_flight` micro batches, a token of each."""
-    dense, moe = (layer_activation_bytes(model, moe=kind, imbalance=imbalance) for kind in (False, True))
-    if recompute:
-        largest = max(dense * bool(layers.dense), moe * bool(layers.moe))
-        return in_flight * (layers.dense + layers.moe) * 2 * model.hidden_size + largest
-    return in_flight * (layers.dense * dense + layers.moe * moe)
-
-
-def layer_activation_bytes(model: ModelConfig, *, moe: bool, imbalance: float = 1.0) -> float:
-    """Bytes that a layer keeps for the backward pass of one token, in bf16."""
-    hidden, width = model.hidden_size, model.expert_ffn_hidden_size
-    always = attention_size(model).kept_bytes + 4 * hidden
-    if not moe:
-        return always + 6 * model.ffn_hidden_size
-    routed = 2 * model.router_topk * (hidden + 3 * width) * imbalance + 12 * model.num_experts
-    return always + routed + 6 * model.num_shared_experts * width
 
 
 def tokens_of_rank(config: Config) -> float:

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_moe.config.derived import num_chunks
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.model_rules import model_problems
 from megatron_moe.config.rules import wrong_signs
-from megatron_moe.config.schema import ParallelConfig, PlanConfig
+from megatron_moe.config.schema import (
+    PlanConfig,
+    RecomputeConfig,
+    RecomputeGranularity,
+    RecomputeMethod,
+    RecomputeModule,
+)
 from megatron_moe.config.validate import validate
 from megatron_moe.plan.estimate import memory_limit
 from megatron_moe.plan.memory import memory_by_stage
 from megatron_moe.plan.pipeline import Layers, even_layout
 from megatron_moe.plan.step_time import StepModel, imbalance
 
+Options = TypeVar("Options")
+
 MICRO_BATCH = "train.micro_batch_size"
 MICRO_BATCHES = [1, 2, 4, 8]
 VIRTUAL = [1, 2, 4]
 PLACED = 20  # of the fastest, whose layers are also placed by time
 WORTHWHILE = 1.02  # times as fast: what a layout by hand must bring
-NEEDS_RECOMPUTE = "would fit with full recomputation, which megatron_moe does not have"
-DOES_NOT_FIT = "does not fit, with full recomputation neither"
+# As in conf/recompute; each is slower and needs less memory than the one before.
+RECOMPUTE = {
+    "none": RecomputeConfig(),
+    "selective": RecomputeConfig(
+        granularity=RecomputeGranularity.selective, modules=[RecomputeModule.mlp, RecomputeModule.moe]
+    ),
+    "full": RecomputeConfig(granularity=RecomputeGranularity.full, method=RecomputeMethod.uniform, num_layers=1),
+}
+DOES_NOT_FIT = "does not fit, with what may be recomputed neither"
 
 
 @dataclass(frozen=True)
@@ -64,8 +78,10 @@ class Search:
 def search(config: PlanConfig, num_gpus: int, pinned: set[str]) -> Search:
     """Try layouts and micro batches; of the fastest also layers placed by the time that the head takes.
 
+    Of each, the first of `RECOMPUTE` that fits.
+
     Args:
-        config: checked; its layout and micro batch count only where `pinned`.
+        config: checked; its layout, micro batch and `recompute` count only where `pinned`.
         num_gpus: of the cluster.
         pinned: options that stay as they are, as group.option.
 
@@ -74,12 +90,14 @@ def search(config: PlanConfig, num_gpus: int, pinned: set[str]) -> Search:
     """
     if problems := [*wrong_signs(config)] or [*model_problems(config)]:
         raise ConfigError(*(problem if isinstance(problem, str) else problem[1] for problem in problems))
+    is_pinned = any(option.split(".")[0] == "recompute" for option in pinned)
+    recompute = [config.recompute] if is_pinned else [*RECOMPUTE.values()]
     found: list[Found] = []
     refused: Counter[str] = Counter()
     for smallest in _group_sizes(config, num_gpus, pinned):
-        outcome = _try(smallest, num_gpus)
+        outcome = _try(smallest, num_gpus, recompute)
         others = () if isinstance(outcome, str) else _larger(smallest, pinned)
-        for one in itertools.chain([outcome], (_try(candidate, num_gpus) for candidate in others)):
+        for one in itertools.chain([outcome], (_try(candidate, num_gpus, recompute) for candidate in others)):
             if isinstance(one, str):
                 refused[one] += 1
             else:
@@ -123,7 +141,8 @@ def _group_sizes(config: PlanConfig, num_gpus: int, pinned: set[str]) -> Iterato
     for values in itertools.product(*choices.values()):
         sizes = dict(zip(choices, values, strict=True))
         if sizes["expert_tensor_parallel_size"] in (None, sizes["tensor_model_parallel_size"]):
-            yield _with(config, dataclasses.replace(config.parallel, **sizes), micro_batch)
+            parallel = _with(config.parallel, **sizes)
+            yield _with(config, parallel=parallel, train=_with(config.train, micro_batch_size=micro_batch))
 
 
 def _divisors(number: int) -> list[int]:
@@ -144,35 +163,39 @@ def _larger(smallest: PlanConfig, pinned: set[str]) -> Iterator[PlanConfig]:
     for sizes in itertools.product(virtual, micro_batches):
         if sizes != first:
             yield _with(
-                smallest, dataclasses.replace(parallel, virtual_pipeline_model_parallel_size=sizes[0]), sizes[1]
+                smallest,
+                parallel=_with(parallel, virtual_pipeline_model_parallel_size=sizes[0]),
+                train=_with(smallest.train, micro_batch_size=sizes[1]),
             )
 
 
-def _with(config: PlanConfig, parallel: ParallelConfig, micro_batch_size: int) -> PlanConfig:
-    changed = copy.copy(config)
-    changed.parallel = parallel
-    changed.train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
+def _with(options: Options, **changes: Any) -> Options:
+    changed = copy.copy(options)
+    vars(changed).update(changes)
     return changed
 
 
-def _try(config: PlanConfig, num_gpus: int) -> Found | str:
-    """The layout's times, or why it cannot be."""
-    try:
-        validate(config, num_gpus)
-    except ConfigError as error:
-        return _rule(error.problems[0])
-    limit, memory = memory_limit(config.cluster), _most(config, num_gpus)
-    if memory > limit:
-        return NEEDS_RECOMPUTE if _most(config, num_gpus, recompute=True) <= limit else DOES_NOT_FIT
+def _try(config: PlanConfig, num_gpus: int, recompute: Sequence[RecomputeConfig]) -> Found | str:
+    """The layout's times with the first of `recompute` that fits, or why it cannot be."""
+    refused = ""
+    for choice in recompute:
+        tried = _with(config, recompute=choice)
+        try:
+            validate(tried, num_gpus)
+        except ConfigError as error:
+            return refused or _rule(error.problems[0])
+        memory = max(stage.total for stage in memory_by_stage(tried, num_gpus, imbalance=imbalance(tried)))
+        if memory <= memory_limit(tried.cluster):
+            return _timed(tried, num_gpus, memory)
+        refused = DOES_NOT_FIT
+    return refused
+
+
+def _timed(config: PlanConfig, num_gpus: int, memory: float) -> Found:
     times = StepModel(config, num_gpus)
     step_s = times.step(times.pipeline_s()).total
     tokens = config.train.global_batch_size * config.data.sequence_length
     return Found(config, memory, step_s, tokens / step_s / num_gpus)
-
-
-def _most(config: PlanConfig, num_gpus: int, *, recompute: bool = False) -> float:
-    memory = memory_by_stage(config, num_gpus, imbalance=imbalance(config), recompute=recompute)
-    return max(stage.total for stage in memory)
 
 
 def _rule(problem: str) -> str:
@@ -192,7 +215,7 @@ def _placed_by_time(found: Found, num_gpus: int) -> Found:
         for layers in (Layers(0, 1) if config.model.num_experts else Layers(1, 0), Layers(0, 0, head=True))
     )
     layout = even_layout(config.model.num_layers, chunks, first=0, last=head / layer)
-    parallel = dataclasses.replace(config.parallel, pipeline_layout=layout)
-    placed = _try(_with(config, parallel, config.train.micro_batch_size), num_gpus)
+    by_time = _with(config, parallel=_with(config.parallel, pipeline_layout=layout))
+    placed = _try(by_time, num_gpus, [config.recompute])
     is_better = isinstance(placed, Found) and found.step_s > WORTHWHILE * placed.step_s
     return placed if is_better else found

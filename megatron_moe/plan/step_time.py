@@ -6,10 +6,11 @@ import functools
 from dataclasses import dataclass
 
 from megatron_moe.config.schema import PlanConfig
-from megatron_moe.plan.flops import forward_flops
-from megatron_moe.plan.memory import STATE_BYTES, most_micro_batches, optimizer_share, tokens_of_rank
+from megatron_moe.plan.flops import ForwardFlops, forward_flops
+from megatron_moe.plan.memory import most_micro_batches, optimizer_share, state_bytes, tokens_of_rank
 from megatron_moe.plan.params import rank_params
 from megatron_moe.plan.pipeline import Layers, chunks_by_stage
+from megatron_moe.plan.recompute import NOTHING, Again, computed_again, flops_of_parts
 from megatron_moe.plan.schedule import Kind, Pass, Timeline, one_forward_one_backward, simulate
 from megatron_moe.plan.schedule import zero_bubble as zero_bubble_order
 from megatron_moe.plan.traffic import (
@@ -28,9 +29,13 @@ OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 2
 
 @dataclass(frozen=True)
 class PassTime:
-    """Seconds of a pass of one micro batch through the layers of a chunk, by what for."""
+    """Seconds of a pass of one micro batch through the layers of a chunk, by what for.
+
+    `recompute`: what is computed again. What this sends counts with the rest that is sent.
+    """
 
     compute: float
+    recompute: float
     overhead: float
     all_to_all: float
     tensor: float
@@ -39,7 +44,7 @@ class PassTime:
     @property
     def total(self) -> float:
         """All."""
-        return self.compute + self.overhead + self.all_to_all + self.tensor + self.context
+        return self.compute + self.recompute + self.overhead + self.all_to_all + self.tensor + self.context
 
 
 @dataclass(frozen=True)
@@ -85,31 +90,48 @@ class StepModel:
         layers = [sum(chunks, Layers(0, 0)) for chunks in self.chunks]
         params = {layers: rank_params(config.model, config.parallel, layers) for layers in set(layers)}
         self.params = [params[of_stage] for of_stage in layers]
+        self.expert_params = rank_params(config.model, config.parallel, Layers(0, 1)).experts  # of a MoE layer
+        self.forward_flops = functools.cache(self._forward_flops)
         self.pass_time = functools.cache(self._pass_time)
 
     def _pass_time(self, layers: Layers, *, backward: bool) -> PassTime:
         """Of a chunk with these layers on the rank with the fullest experts; all others wait for it."""
-        cluster = self.cluster
-        flops = forward_flops(self.config.model, layers, self.config.data.sequence_length)
-        rate = cluster.peak_flops * cluster.compute_efficiency / (tokens_of_rank(self.config) * (2 if backward else 1))
-        routed = max(imbalance(self.config) * flops.routed / rate, self._expert_weights_s(layers, backward=backward))
+        cluster, model = self.cluster, self.config.model
+        again = computed_again(model, self.config.recompute, layers) if backward else NOTHING
+        moe_again = again.whole.moe + again.routed_experts
+        calls = (layers.dense + layers.moe) * (2 if backward else 1) + again.whole.dense + again.dense_ffns + moe_again
         traffic = self.pass_traffic(layers, backward=backward)
         return PassTime(
-            compute=flops.rest / rate + routed,
-            overhead=(layers.dense + layers.moe) * cluster.layer_overhead_s * (2 if backward else 1),
+            compute=self._compute_s(self.forward_flops(layers), layers.moe, backward=backward),
+            recompute=self._compute_s(self._flops_again(again), moe_again, backward=False),
+            overhead=calls * cluster.layer_overhead_s,
             all_to_all=seconds(cluster, traffic.all_to_all) * (1 - cluster.all_to_all_overlap),
             tensor=seconds(cluster, traffic.tensor),
             context=seconds(cluster, traffic.context),
         )
 
-    def _expert_weights_s(self, layers: Layers, *, backward: bool) -> float:
+    def _forward_flops(self, layers: Layers) -> ForwardFlops:
+        return forward_flops(self.config.model, layers, self.config.data.sequence_length)
+
+    def _flops_again(self, again: Again) -> ForwardFlops:
+        parts = flops_of_parts(self.config.model, again, self.config.data.sequence_length)
+        whole = self.forward_flops(again.whole)
+        return ForwardFlops(routed=whole.routed + parts.routed, rest=whole.rest + parts.rest)
+
+    def _compute_s(self, flops: ForwardFlops, moe_layers: int, *, backward: bool) -> float:
+        """Of a forward pass's FLOPs, twice for a backward pass."""
+        cluster = self.cluster
+        rate = cluster.peak_flops * cluster.compute_efficiency / (tokens_of_rank(self.config) * (2 if backward else 1))
+        routed = imbalance(self.config) * flops.routed / rate
+        return flops.rest / rate + max(routed, self._expert_weights_s(moe_layers, backward=backward))
+
+    def _expert_weights_s(self, moe_layers: int, *, backward: bool) -> float:
         """Of reading the routed experts' weights and, backward, adding to their gradients: the least that they take.
 
         Other matrices meet enough tokens.
         """
-        state = STATE_BYTES[self.config.precision.dtype]
-        params = rank_params(self.config.model, self.config.parallel, layers).experts
-        moved = params * (state.weight + (2 * state.gradient if backward else 0))
+        state = state_bytes(self.config.precision)
+        moved = moe_layers * self.expert_params * (state.weight + (2 * state.gradient if backward else 0))
         return moved / (self.cluster.memory_bandwidth * self.cluster.memory_efficiency)
 
     def pass_traffic(self, layers: Layers, *, backward: bool) -> PassTraffic:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_moe.config.derived import data_parallel_size, expert_tensor_parallel_size
-from megatron_moe.config.schema import ClusterConfig, Config, Dtype
+from megatron_moe.config.schema import ClusterConfig, Config, Dtype, ModelConfig
 from megatron_moe.plan.attention import attention_size
-from megatron_moe.plan.memory import STATE_BYTES, tokens_of_rank
+from megatron_moe.plan.memory import state_bytes, tokens_of_rank
 from megatron_moe.plan.params import RankParams
 from megatron_moe.plan.pipeline import Layers
+from megatron_moe.plan.recompute import NOTHING, Again, computed_again
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,48 @@ class PassTraffic:
     tensor: Traffic
     context: Traffic
 
+    def __add__(self, other: PassTraffic) -> PassTraffic:
+        return PassTraffic(self.all_to_all + other.all_to_all, self.tensor + other.tensor, self.context + other.context)
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """What a pass through some layers communicates, in elements a token.
+
+    Attributes:
+        gathered: of inputs, by tensor-parallel ranks.
+        scattered: of outputs, by the same.
+        keys_and_values: passed round by context-parallel ranks.
+        experts: layers (no elements) whose tokens go to experts and back.
+    """
+
+    gathered: int
+    scattered: int
+    keys_and_values: int
+    experts: int
+
+
+def _of_layers(model: ModelConfig, layers: Layers) -> Exchanges:
+    count, attention, hidden = layers.dense + layers.moe, attention_size(model), model.hidden_size
+    dense_blocks = layers.dense + (layers.moe if model.num_shared_experts else 0) + layers.head
+    return Exchanges(
+        gathered=count * attention.gathered + dense_blocks * hidden,
+        scattered=(count + dense_blocks + layers.embedding) * hidden,
+        keys_and_values=count * attention.keys_and_values,
+        experts=layers.moe,
+    )
+
+
+def _of_again(model: ModelConfig, again: Again) -> Exchanges:
+    whole, attention = _of_layers(model, again.whole), attention_size(model)
+    dense_blocks = (again.dense_ffns + again.shared_experts) * model.hidden_size
+    return Exchanges(
+        gathered=whole.gathered + dense_blocks + again.up_projections * attention.up_gathered,
+        scattered=whole.scattered + dense_blocks,
+        keys_and_values=whole.keys_and_values + again.attention_cores * attention.keys_and_values,
+        experts=whole.experts + again.routed_experts,
+    )
+
 
 def pass_traffic(config: Config, groups: Groups, layers: Layers, *, backward: bool, imbalance: float) -> PassTraffic:
     """Of a forward or a backward pass.
@@ -112,25 +155,26 @@ def pass_traffic(config: Config, groups: Groups, layers: Layers, *, backward: bo
     Forward, each MoE layer's all-to-all sends every token to its experts and back; backward, as much. Tensor
     parallelism, with sequence parallelism, gathers a block's input and scatters its output, and backward gathers the
     input again; routed experts do so with what the all-to-all brought. Context parallelism passes keys and values
-    round, and backward these and their gradients.
+    round, and backward these and their gradients. What is computed again in a backward pass communicates as forward.
     """
-    model, count = config.model, layers.dense + layers.moe
+    sent = _sent(config, groups, _of_layers(config.model, layers), backward=backward, imbalance=imbalance)
+    again = computed_again(config.model, config.recompute, layers) if backward else NOTHING
+    if again == NOTHING:
+        return sent
+    return sent + _sent(config, groups, _of_again(config.model, again), backward=False, imbalance=imbalance)
+
+
+def _sent(config: Config, groups: Groups, of: Exchanges, *, backward: bool, imbalance: float) -> PassTraffic:
+    model = config.model
     element = 4 if config.precision.dtype is Dtype.fp32 else 2
     activation = tokens_of_rank(config) * element
     gathers, scatters = (2, 1) if backward else (1, 1)
-    attention, hidden = attention_size(model), model.hidden_size
-    routed = imbalance * model.router_topk * hidden
-    dense_blocks = layers.dense + (layers.moe if model.num_shared_experts else 0) + layers.head
-    gathered = gathers * (count * attention.gathered + dense_blocks * hidden)
-    scattered = scatters * (count + dense_blocks + layers.embedding) * hidden
-    experts = (gathers + scatters) * layers.moe * routed
+    experts = of.experts * imbalance * model.router_topk * model.hidden_size
     return PassTraffic(
-        all_to_all=groups.expert.all_to_all(activation * 2 * layers.moe * routed),
-        tensor=groups.tensor.ring(activation * groups.tensor.size * (gathered + scattered))
-        + groups.expert_tensor.ring(activation * groups.expert_tensor.size * experts),
-        context=groups.context.ring(
-            activation * groups.context.size * (2 if backward else 1) * count * attention.keys_and_values
-        ),
+        all_to_all=groups.expert.all_to_all(activation * 2 * experts),
+        tensor=groups.tensor.ring(activation * groups.tensor.size * (gathers * of.gathered + scatters * of.scattered))
+        + groups.expert_tensor.ring(activation * groups.expert_tensor.size * (gathers + scatters) * experts),
+        context=groups.context.ring(activation * groups.context.size * (2 if backward else 1) * of.keys_and_values),
     )
 
 
@@ -146,5 +190,5 @@ def stage_to_stage(config: Config, groups: Groups) -> Traffic:
 
 def data_parallel(config: Config, groups: Groups, params: RankParams) -> Traffic:
     """Of a step of a rank: gradients are reduced and scattered, updated weights gathered."""
-    state = STATE_BYTES[config.precision.dtype]
+    state = state_bytes(config.precision)
     return (groups.data.ring(params.dense) + groups.expert_data.ring(params.experts)) * (state.gradient + state.weight)

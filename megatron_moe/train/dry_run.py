@@ -28,6 +28,7 @@ from megatron_moe.plan.memory import static_bytes
 from megatron_moe.plan.params import RankParams, rank_params
 from megatron_moe.plan.pipeline import layers_by_stage
 from megatron_moe.plan.placement import Placement, describe_layout, placements
+from megatron_moe.train.restore import without_performance_options
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -129,7 +130,8 @@ def distinct_ranks(parallel: ParallelConfig, world_size: int) -> list[list[int]]
 
 
 def build_rank(config: Config, rank: int, world_size: int) -> Built:
-    """Build model and optimizer of a rank as a start does, on the meta device."""
+    """Build model and optimizer of a rank as a start does, on the meta device, and nothing that needs a GPU."""
+    config = without_performance_options(config)
     with one_of_many(config.parallel, rank, world_size) as context:
         model = build_model(config, context.pg_collection, context.device)
         optimizer = build_optimizer(config, model, context.pg_collection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -92,10 +93,19 @@ def read_config(folder: Path) -> Config:
 
     What makes training smaller or faster is left out.
     """
-    config = run_config(folder)
+    config = without_performance_options(run_config(folder))
     config.model.num_device_groups = config.model.num_device_groups or config.parallel.expert_model_parallel_size
     config.parallel = ParallelConfig()
-    config.recompute, config.kernels, config.overlap = RecomputeConfig(), KernelsConfig(), OverlapConfig()
-    config.precision.fp8 = None
     config.train.deterministic = False
     return config
+
+
+def without_performance_options(config: Config) -> Config:
+    """A copy without what makes training smaller or faster and may need a GPU; the parameters are the same."""
+    return dataclasses.replace(
+        config,
+        recompute=RecomputeConfig(),
+        kernels=KernelsConfig(),
+        overlap=OverlapConfig(),
+        precision=dataclasses.replace(config.precision, fp8=None),
+    )

@@ -35,6 +35,23 @@ LAYOUTS = {
     "vpp_mla": ["parallel=pp2_vpp2", *MLA, "model.q_lora_rank=16", "precision=bf16"],
     "cp2_yarn": ["parallel=cp2", *MLA, "model.yarn.rotary_scaling_factor=4"],
     "uneven_pp_ep4": ["parallel=ep4", "parallel.pipeline_model_parallel_size=2", "parallel.pipeline_layout=[1,3]"],
+    "gpu_kernels": [
+        "parallel=tp2_ep2",
+        "precision=fp8",
+        "kernels.dispatcher=deepep",
+        "kernels.moe_permute_fusion=true",
+        "kernels.cuda_graph_scope=[attn]",
+        "recompute=selective",
+        "recompute.modules=[moe_act]",
+    ],
+    "gpu_overlap": [
+        "parallel=pp2_vpp2",
+        "parallel.expert_model_parallel_size=2",
+        "precision=bf16",
+        "overlap.overlap_moe_expert_parallel_comm=true",
+        "overlap.delay_wgrad_compute=true",
+        "overlap.overlap_param_gather=true",
+    ],
     "hash_of_112": [
         "parallel.data_parallel_size=112",
         "parallel.expert_model_parallel_size=8",
@@ -58,6 +75,27 @@ def dry_runs(commands: list[list[str]]) -> None:
 
 def test_layouts() -> None:
     run_ranks(dry_runs, 1, [[*TINY, *overrides] for overrides in LAYOUTS.values()])
+
+
+LARGER = ["model.hidden_size=512", "model.ffn_hidden_size=1024", "model.expert_ffn_hidden_size=256", "parallel=pp2_ep2"]
+
+
+def static_bytes_of_gradients() -> list[list[float]]:
+    """Built and planned, by the type of gradients."""
+    from megatron_moe.train.dry_run import build_stages
+
+    found = []
+    for options in ([], ["precision.grad_reduce_in_fp32=false"]):
+        config = compose_config([*TINY, *LARGER, "precision=bf16", *options])
+        found.append([size for stage in build_stages(config, 4) for size in (stage.most_bytes, stage.static_bytes)])
+    return found
+
+
+def test_gradients_take_the_bytes_of_their_type() -> None:
+    ((fp32, bf16),) = run_ranks(static_bytes_of_gradients, 1)
+    assert fp32[::2] == pytest.approx(fp32[1::2], rel=0.005)
+    assert bf16[::2] == pytest.approx(bf16[1::2], rel=0.005)
+    assert all(less < 0.92 * more for less, more in zip(bf16, fp32, strict=True))
 
 
 def dry_run_beside_gpu_packages() -> None:

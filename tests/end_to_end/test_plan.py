@@ -1,6 +1,7 @@
 """tools/plan.py as a user runs it."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -51,6 +52,39 @@ def test_what_is_found_is_written_and_taken_by_pretrain(tmp_path: Path) -> None:
     assert "virtual_pipeline_model_parallel_size: 4" in shown.stdout
     planned = run_cli("tools/plan.py", *options, "cluster.num_gpus=64", cwd=tmp_path)
     assert ": fits" in planned.stdout, planned.stderr
+
+
+WITHOUT_TENSOR = [
+    "experiment=deepseekmoe_145b",
+    "parallel.tensor_model_parallel_size=1",
+    "parallel.context_parallel_size=1",
+    "parallel.pipeline_model_parallel_size=16",
+    "parallel.expert_model_parallel_size=4",
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "described"),
+    [
+        ([], "selective (mlp, moe)"),
+        (["recompute=full"], "full (uniform 1)"),
+        (["recompute=selective", "recompute.modules=[moe,layernorm]"], "selective (moe, layernorm)"),
+    ],
+)
+def test_recomputation_that_is_found_is_in_the_command(
+    given: list[str], described: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tool, gpus = plan_tool(), "cluster.num_gpus=512"
+    assert tool.main(["--search", *WITHOUT_TENSOR, *given, gpus, "--emit", "found", "--config-dir", "layouts"]) == 0
+    table, command = capsys.readouterr().out.rsplit("wrote ", 1)
+    assert described in table
+    options = shlex.split(command.split("python pretrain.py ")[1])
+    assert sum(option.startswith("recompute=") for option in options) == 1
+    assert tool.main([*options, gpus]) == 0
+    planned = capsys.readouterr().out
+    assert f", recompute {described}" in planned
+    assert ": fits" in planned
 
 
 def test_this_machine_is_measured(tmp_path: Path) -> None:

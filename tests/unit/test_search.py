@@ -6,9 +6,21 @@ import time
 import pytest
 
 from megatron_moe.config.load import compose_plan
+from megatron_moe.config.schema import (
+    CudaGraphScope,
+    KernelsConfig,
+    ParallelConfig,
+    PlanConfig,
+    RecomputeConfig,
+    RecomputeGranularity,
+    RecomputeModule,
+)
 from megatron_moe.config.validate import validate
 from megatron_moe.plan.estimate import checked, estimate, memory_limit
-from megatron_moe.plan.search import DOES_NOT_FIT, NEEDS_RECOMPUTE, Search, search
+from megatron_moe.plan.memory import memory_by_stage
+from megatron_moe.plan.recompute import describe_recompute
+from megatron_moe.plan.search import DOES_NOT_FIT, RECOMPUTE, Search, search
+from megatron_moe.plan.step_time import StepModel
 
 TENSOR, CONTEXT, PIPELINE, VIRTUAL, EXPERT = (
     f"parallel.{name}_parallel_size"
@@ -31,6 +43,15 @@ def searched(num_gpus: int, fixed: dict[str, int], *options: str) -> Search:
     return search(checked(config), num_gpus, set(fixed))
 
 
+def most_memory(config: PlanConfig) -> float:
+    return max(stage.total for stage in memory_by_stage(config, config.cluster.num_gpus))
+
+
+def seconds_of_a_step(config: PlanConfig) -> float:
+    model = StepModel(config, config.cluster.num_gpus)
+    return model.step(model.pipeline_s()).total
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_have_the_layouts_that_are_found(name: str) -> None:
     num_gpus, fixed = RECIPES[name]
@@ -38,6 +59,7 @@ def test_recipes_have_the_layouts_that_are_found(name: str) -> None:
     best = searched(num_gpus, fixed, f"experiment={name}").found[0]
     assert best.config.parallel == recipe.parallel
     assert best.config.train.micro_batch_size == recipe.train.micro_batch_size
+    assert best.config.recompute == recipe.recompute == RECOMPUTE["none"]
     assert best.memory <= 0.9 * 80e9
 
 
@@ -47,7 +69,6 @@ def test_145b_on_512_gpus() -> None:
     result = searched(512, {}, "experiment=deepseekmoe_145b")
     assert time.process_time() - begin < 30
     assert result.tried > 5000
-    assert result.refused[NEEDS_RECOMPUTE] > 0
     assert result.refused[DOES_NOT_FIT] > 0
     speeds = [found.tokens_per_second_per_gpu for found in result.found]
     assert speeds == sorted(speeds, reverse=True) or speeds == pytest.approx(sorted(speeds, reverse=True), rel=1e-3)
@@ -88,6 +109,56 @@ def test_what_is_given_stays() -> None:
         assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (2, 8)
         assert (parallel.expert_model_parallel_size, parallel.context_parallel_size) == (16, 2)
         assert found.config.train.micro_batch_size == 2
+
+
+def test_recomputation_only_where_nothing_else_fits() -> None:
+    """145B without tensor parallelism: with all activations nothing fits; experts again are faster than layers."""
+    fixed = {TENSOR: 1, CONTEXT: 1, EXPERT: 4}
+    found = searched(512, fixed, "experiment=deepseekmoe_145b").found
+    by_choice = {name: [one for one in found if one.config.recompute == choice] for name, choice in RECOMPUTE.items()}
+    assert not by_choice["none"]
+    assert found[0] in by_choice["selective"]
+    assert by_choice["full"]  # which larger micro batches need
+    for one in by_choice["full"]:
+        for name in ("none", "selective"):
+            config = dataclasses.replace(one.config, recompute=RECOMPUTE[name])
+            assert most_memory(config) > memory_limit(config.cluster)
+
+
+def test_recomputation_that_is_given_stays() -> None:
+    fixed = {TENSOR: 1, PIPELINE: 16, EXPERT: 4, CONTEXT: 1}
+    for name, choice in RECOMPUTE.items():
+        config = checked(compose_plan(["experiment=deepseekmoe_145b", f"recompute={name}", "cluster.num_gpus=512"]))
+        for option, size in fixed.items():
+            setattr(config.parallel, option.split(".")[1], size)
+        for option in ("recompute", "recompute.granularity"):
+            result = search(config, 512, {*fixed, option})
+            assert {describe_recompute(one.config.recompute) for one in result.found} == (
+                set() if name == "none" else {describe_recompute(choice)}
+            )
+
+
+def test_a_choice_that_other_options_exclude_is_not_tried() -> None:
+    """Captured attention and whole layers computed again."""
+    config = checked(compose_plan(["experiment=deepseekmoe_145b", "cluster.num_gpus=512"]))
+    config.kernels = KernelsConfig(cuda_graph_scope=[CudaGraphScope.attn])
+    config.parallel = ParallelConfig(pipeline_model_parallel_size=16, expert_model_parallel_size=4)
+    result = search(config, 512, {TENSOR, PIPELINE, EXPERT, CONTEXT})
+    assert not result.found
+    assert result.refused == {DOES_NOT_FIT: 1}
+
+
+def test_v2_without_tensor_parallelism() -> None:
+    """As PAPER.md tells."""
+    config = checked(compose_plan(["experiment=deepseek_v2", "cluster.num_gpus=512"]))
+    recipe = seconds_of_a_step(config)
+    config.parallel.tensor_model_parallel_size = 1
+    config.recompute = RecomputeConfig(
+        granularity=RecomputeGranularity.selective,
+        modules=[RecomputeModule(name) for name in ("core_attn", "mla_up_proj", "layernorm", "moe_act")],
+    )
+    assert f"{most_memory(config) / 2**30:.1f}" == "62.4"
+    assert recipe / seconds_of_a_step(config) == pytest.approx(0.93, abs=0.005)
 
 
 def test_more_memory_fits_more() -> None:

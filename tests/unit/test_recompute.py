@@ -175,10 +175,12 @@ def test_keys_and_values_are_passed_round_again() -> None:
     assert forward.context > 0
 
 
-def test_a_layer_takes_its_overhead_again() -> None:
-    config = plan_of(full())
+@pytest.mark.parametrize(("recompute", "backward"), [(NONE, 8), (full(), 12), (selective("mlp", "moe"), 12)])
+def test_a_layer_takes_its_overhead_again(recompute: RecomputeConfig, backward: float) -> None:
+    config = plan_of(recompute)
     config.cluster = dataclasses.replace(config.cluster, layer_overhead_s=1.0)
-    assert [StepModel(config, 512).pass_time(LAYERS, backward=kind).overhead for kind in (False, True)] == [4, 12]
+    times = [StepModel(config, 512).pass_time(Layers(1, 3), backward=kind) for kind in (False, True)]
+    assert [time.overhead for time in times] == [4, backward]
 
 
 def test_what_is_computed_again_is_no_model_flop() -> None:

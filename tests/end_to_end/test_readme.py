@@ -22,7 +22,7 @@ SHORTER = {
     "benchmark.py data": "--megabytes 1 --documents 1e4 --repeat 1 --steps 1",
     "benchmark.py checkpoint": "--hidden-size 64 --repeat 1",
     "benchmark.py plan": "--steps 4 --others parallel=ep2",
-    "benchmark.py train": "--sizes nano --steps 1 --precisions fp32 --contenders ours megatron-core 'transformers, eager'",
+    "benchmark.py train": "--sizes nano --steps 1 --precisions fp32 --contenders ours megatron-core",
     "analyze_experts.py": "--num-samples 8",
 }
 

@@ -183,6 +183,7 @@ def train_here(config: Config, overrides: list[str]) -> None:
     )
     with group as context, locked(Path(config.run.dir)):
         train(config, context, overrides)
+        signals.ignore()
     watchdog.stop()  # not after an error: the end of this process may hang
 
 

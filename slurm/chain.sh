@@ -8,9 +8,10 @@
 
 set -euo pipefail
 
+(($# > 1)) || { sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 CHAIN=chain-$(date +%s)-$$
-export CHAIN
-for ((i = 0; i < $1; i++)); do
+export CHAIN CHAIN_LEFT
+for ((CHAIN_LEFT = $1 - 1; CHAIN_LEFT >= 0; CHAIN_LEFT--)); do
   sbatch --job-name="$CHAIN" --dependency=singleton --no-requeue "${@:2}"
 done
 echo "all of them: scancel --name=$CHAIN"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,6 +39,18 @@ def ranks_per_node(parallel: ParallelConfig, environment: Mapping[str, str]) -> 
     return int(given)
 
 
+def refuse_options_of_sbatch(arguments: Sequence[str]) -> None:
+    """What pretrain.py would take for a flag of its own, or not understand.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    known = ("--config-dir", "--multirun", pretrain.AUTO_RESTART)  # the latter two are refused for what they are
+    wrong = [word for word in arguments if word.startswith("-") and not word.startswith(known)]
+    if wrong:
+        raise ConfigError(f"{wrong[0]}: options of sbatch go before the script's name; after it, overrides")
+
+
 def prepare(composed: DictConfig, restarts: int) -> int:
     """Check and print; returns the exit code."""
     try:
@@ -59,6 +71,7 @@ def prepare(composed: DictConfig, restarts: int) -> int:
 
 if __name__ == "__main__":
     try:
+        refuse_options_of_sbatch(sys.argv[1:])
         sys.argv[1:] = job_arguments(sys.argv[1:], os.environ)
     except ConfigError as error:
         sys.exit(pretrain.fail(error))

@@ -252,7 +252,7 @@ def as_json(config: PlanConfig, plan: Plan) -> dict[str, Any]:
         "recompute": plain(config.recompute),
         "micro_batch_size": config.train.micro_batch_size,
         "not_estimated": not_estimated(config),
-        "cluster": dataclasses.asdict(config.cluster),
+        "cluster": plain(config.cluster),
         "formulas": {name: dataclasses.asdict(formula) for name, formula in FORMULAS.items()},
     }
 

@@ -65,7 +65,7 @@ def _wait(file: BinaryIO, folder: Path) -> None:
         if time.monotonic() - start > patience:
             raise _refusal(folder, holder)
         if not is_told:
-            sys.stderr.write(f"{folder}: is held by {_name(holder)}; up to {patience:.0f} s for it to end\n")
+            sys.stderr.write(f"{folder}: {_name(holder)} works on it; waiting up to {patience:.0f} s for its end\n")
             is_told = True
         time.sleep(POLL_S)
 

@@ -134,7 +134,7 @@ def _suggestion(override: str, schema: type[Config]) -> str:
         return (
             "; in quotes for the shell: 'data.train=[{path: PREFIX, weight: 1.0, name: NAME}]', the last two optional"
         )
-    options = option_names(schema)
+    options = [*option_names(schema), *(path.name for path in CONF_DIR.iterdir() if path.is_dir())]
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.8)
     return f"; did you mean {close[0]}?" if close and close[0] != name else ""
 

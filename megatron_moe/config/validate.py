@@ -169,8 +169,9 @@ def _ranks(config: Config, world_size: int) -> Iterator[str]:
     if per_stage % expert_ranks:
         yield (
             f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} x expert_tensor_parallel_size="
-            f"{expert_tensor}: must divide the {per_stage} ranks of a pipeline stage; "
-            f"possible: {divisors(per_stage)}"
+            f"{expert_tensor}: must divide the {per_stage} ranks of a pipeline stage, "
+            f"of {world_size} in all; possible: {divisors(per_stage)}, or a multiple of "
+            f"{required_world_size(parallel)} ranks"
         )
     yield from _batch(config, replicas)
 

@@ -25,6 +25,13 @@ def install() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
+def ignore() -> None:
+    """Nothing is left to stop: a process that ends must not be killed for it, nor its work be called unfinished."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def held_back() -> Iterator[None]:
     """These signals wait until the end, and in processes that are started meanwhile until they call `install`."""

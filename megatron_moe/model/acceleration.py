@@ -87,7 +87,7 @@ def _problems(config: Config, accelerators: Accelerators) -> Iterator[str]:
     kernels, overlap = config.kernels, config.overlap
     for name in FUSIONS:
         if getattr(kernels, name) and name not in accelerators.fusions:
-            yield f"kernels.{name}=True: there is no kernel for it ({here}); null or False"
+            yield f"kernels.{name}=True: there is no kernel for it ({here}); set it to null or False"
     if kernels.dispatcher not in accelerators.dispatchers:
         yield (
             f"kernels.dispatcher={kernels.dispatcher.value}: needs a GPU and the package "
@@ -95,18 +95,19 @@ def _problems(config: Config, accelerators: Accelerators) -> Iterator[str]:
         )
     if kernels.cuda_graph_scope and not accelerators.gpu:
         scope = ",".join(part.value for part in kernels.cuda_graph_scope)
-        yield f"kernels.cuda_graph_scope=[{scope}]: needs a GPU ({here}); []"
+        yield f"kernels.cuda_graph_scope=[{scope}]: needs a GPU ({here}); set it to []"
     if overlap.overlap_moe_expert_parallel_comm and not accelerators.gpu:
-        yield f"overlap.overlap_moe_expert_parallel_comm=True: needs a GPU ({here}); False"
+        yield f"overlap.overlap_moe_expert_parallel_comm=True: needs a GPU ({here}); set it to False"
     if config.precision.fp8 is not None and not accelerators.fp8:
-        yield f"precision.fp8={config.precision.fp8.value}: needs Transformer Engine {FP8_VERSION} ({here}); null"
+        fp8 = config.precision.fp8.value
+        yield f"precision.fp8={fp8}: needs Transformer Engine {FP8_VERSION} ({here}); precision=bf16"
     if not accelerators.transformer_engine:
         yield from _without_transformer_engine(config, here)
 
 
 def _without_transformer_engine(config: Config, here: str) -> Iterator[str]:
     if config.overlap.delay_wgrad_compute:
-        yield f"overlap.delay_wgrad_compute=True: needs Transformer Engine ({here}); False"
+        yield f"overlap.delay_wgrad_compute=True: needs Transformer Engine ({here}); set it to False"
     if RecomputeModule.moe_act in config.recompute.modules:
         yield f"recompute.modules: moe_act needs Transformer Engine's grouped experts ({here}); moe, or leave it out"
 

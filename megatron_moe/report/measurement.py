@@ -32,6 +32,11 @@ def _problems(folder: Path, run: RunRecord, cluster: ClusterConfig) -> list[str]
     dtype = run.config.precision.dtype
     return [
         *(
+            [f"--calibrate {folder}: its routing was forced, which takes another time than routing that is learned"]
+            if run.config.model.forced_routing is not None
+            else []
+        ),
+        *(
             [f"--calibrate {folder}: has logged its speed {logged} times; 2 are needed (logger.log_interval=1)"]
             if logged < 2
             else []

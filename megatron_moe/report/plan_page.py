@@ -13,19 +13,24 @@ from megatron_moe.plan.estimate import Plan
 
 GIB = 2**30
 DRAWN = 20_000  # passes of a time line
+STYLE = (
+    "body{font:1rem/1.4 system-ui,sans-serif;margin:1rem;max-width:90rem}h1{font-size:1.3rem}"
+    "table{border-collapse:collapse;width:100%}td{padding:.3rem .6rem;border-top:1px solid #ddd;vertical-align:top;"
+    "overflow-wrap:anywhere}"
+)
 
 
 def plan_page(title: str, plan: Plan, rows: Iterable[tuple[str, ...]]) -> str:
     """Memory of the stages, a time line, and all estimates as rows of text."""
     figures = [
-        plotly.io.to_html(figure, full_html=False, include_plotlyjs=number == 0)
+        plotly.io.to_html(figure, full_html=False, include_plotlyjs=number == 0, config={"responsive": True})
         for number, figure in enumerate((_memory(plan), _timeline(plan)))
     ]
     cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     title = html.escape(title)
     return (
         f"<!doctype html><html lang='en'><head><title>{title}</title><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width'></head>"
+        f"<meta name='viewport' content='width=device-width'><style>{STYLE}</style></head>"
         f"<body><h1>{title}</h1>{''.join(figures)}<table>{cells}</table></body></html>"
     )
 

@@ -88,6 +88,8 @@ def read_runs(folders: list[Path]) -> list[RunRecord]:
 def _read_run(folder: Path, name: str, config: Config) -> RunRecord:
     metrics = read_metrics(folder / "metrics.jsonl")
     notes = _notes_on(metrics)
+    if config.model.forced_routing is not None:
+        notes.append(f"routing was FORCED ({config.model.forced_routing.value}): its losses mean nothing")
     environment = _readable(folder / "environment.json", read_json, notes) or {}
     world_size = environment.get("world_size") or required_world_size(config.parallel)
     if "world_size" not in environment:

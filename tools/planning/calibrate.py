@@ -41,7 +41,9 @@ def show(before: ClusterConfig, fitted: ClusterConfig, runs: dict[str, Measureme
     """The inputs, and the steps of the runs, by folder."""
     inputs = Table("input", "before", "fitted", box=None)
     for name in fitted.calibrated:
-        inputs.add_row(f"cluster.{name}", f"{getattr(before, name):.4g}", f"{getattr(fitted, name):.4g}")
+        value = getattr(fitted, name)
+        most = " (the most that it can be)" if name.endswith("efficiency") and value == 1 else ""
+        inputs.add_row(f"cluster.{name}", f"{getattr(before, name):.4g}", f"{value:.4g}{most}")
     steps = Table("run", "ranks", "tokens of a micro batch", "step, s", "predicted", "error", box=None)
     for folder, run in runs.items():
         tokens = run.config.train.micro_batch_size * run.config.data.sequence_length

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.config.derived import required_world_size
+from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import compose_config, compose_plan
 from megatron_moe.config.schema import ClusterConfig, PlanConfig
 from megatron_moe.plan.calibration import Measurement, calibrated, predicted
 from megatron_moe.plan.hardware import of_a_rank
 from megatron_moe.plan.step_time import StepModel
+from megatron_moe.report.measurement import measurements
 from tests.helpers.cli import run_cli
 from tests.helpers.report_runs import write_run
 from tools import plan
@@ -125,3 +127,9 @@ def test_what_cannot_be(
     write_run(tmp_path / "run", lines=lines)
     assert plan.main(["--calibrate", "run", *options, *(f"cluster.{rate}" for rate in RATES)]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_forced_routing_is_no_measure(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "model.forced_routing=balanced", lines=logged(1.0))
+    with pytest.raises(ConfigError, match="its routing was forced"):
+        measurements([folder], cluster())

@@ -63,9 +63,11 @@ def test_hydra_overrides_reach_the_typed_config() -> None:
 
 def test_every_wrong_override_is_listed() -> None:
     found = problems(
-        "train.batch_ramp.star=3", "model.num_layer=3", "+model.foo=1", "parallel=pp3", "train.global_batch_size=7"
+        *("train.batch_ramp.star=3", "model.num_layer=3", "+model.foo=1", "parallel=pp3", "train.global_batch_size=7"),
+        "paralel=ep2",
     )
-    assert len(found) == 5
+    assert len(found) == 6
+    assert "did you mean parallel?" in "".join(found)
     assert "did you mean train.batch_ramp.start?" in "".join(found)
     assert "did you mean model.num_layers?" in "".join(found)
     assert any("+model.foo=1" in problem for problem in found)

@@ -121,6 +121,11 @@ def test_what_was_not_finite_is_a_gap(tmp_path: Path) -> None:
     assert np.frombuffer(base64.b64decode(load["data"]), "<u2").tolist() == [65534, 65535]
 
 
+def test_a_run_with_forced_routing_is_marked(tmp_path: Path) -> None:
+    (run,) = read_runs([write_run(tmp_path / "run", "model.forced_routing=balanced", lines=[])])
+    assert "routing was FORCED (balanced): its losses mean nothing" in run.notes
+
+
 @pytest.mark.parametrize("folders", [["nowhere"], ["run", "nowhere"], ["empty"]])
 def test_what_is_no_run_is_refused(tmp_path: Path, folders: list[str]) -> None:
     write_run(tmp_path / "run", lines=[])

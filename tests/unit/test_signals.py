@@ -89,3 +89,16 @@ os.kill(child, signal.SIGTERM)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     assert output_of(code) == "goes on\n0\n"
+
+
+def test_a_signal_after_the_end_kills_no_process_that_is_ending() -> None:
+    code = """
+class Late:
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGUSR1):
+        kill(process, number)  # Python has given the signals back by then
+signals.install()
+signals.ignore()
+late = Late()
+print(signals.stop_requested())
+"""
+    assert output_of(code) == "False\n"

@@ -11,7 +11,7 @@ import pytest
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.schema import ParallelConfig
 from megatron_moe.distributed.failures import EXIT_CODES, record_exit_code
-from slurm.prepare import ranks_per_node
+from slurm.prepare import ranks_per_node, refuse_options_of_sbatch
 from slurm.sweep import job_arguments
 from tests.helpers.cli import ROOT, run_cli
 from tests.helpers.training import TINY
@@ -152,3 +152,39 @@ def test_the_log_of_the_node_that_failed_is_shown(said: list[str], shown: str, t
     script = f"set -euo pipefail; {slurm}; {function}; logs={tmp_path}; show_failure"
     output = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     assert output == errors + (f"{shown}\n" if shown else "")
+
+
+@pytest.mark.parametrize("word", ["-p", "--export=ALL", "--partition=gpu", "-N2"])
+def test_options_of_sbatch_behind_the_script_are_refused(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{word}: options of sbatch go before the script's name"):
+        refuse_options_of_sbatch(["debug=smoke", word])
+
+
+def test_flags_and_values_that_are_ours_stay() -> None:
+    refuse_options_of_sbatch(["--config-dir", "layouts", "--config-dir=layouts", "run.notes='-p gpu'", "~logger"])
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ("CHAIN=c CHAIN_LEFT=1", "saved; the next job of the chain goes on"),
+        (
+            "CHAIN=c CHAIN_LEFT=0",
+            "saved; this was the chain's last job: slurm/chain.sh with the same arguments goes on",
+        ),
+        ("", "saved; requeued"),
+    ],
+)
+def test_a_job_says_who_goes_on(environment: str, said: str) -> None:
+    function = re.search(r"^start_again\(\) \{.*?^\}", PRETRAIN, flags=re.DOTALL | re.MULTILINE)[0]
+    script = f'set -u; {environment or ':'}; is_ending=; job=1; say() {{ echo "$1"; }}; scontrol() {{ :; }}; {function}; '
+    output = subprocess.run(
+        ["bash", "-c", f"{script} start_again 7 saved"], capture_output=True, text=True, check=False
+    )
+    assert (output.returncode, output.stdout) == (7, f"{said}\n")
+
+
+def test_a_chain_without_its_length_says_how_it_is_started() -> None:
+    result = subprocess.run(["bash", str(ROOT / "slurm/chain.sh")], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "slurm/chain.sh 8 --nodes=16 slurm/pretrain.sbatch" in result.stderr

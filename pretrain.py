@@ -17,6 +17,7 @@ SIGTERM and SIGUSR1, to this process or to any worker: the step is finished and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -144,9 +145,13 @@ def train_in_workers(config: Config, world_size: int, restarts: int) -> int:
     """Start the ranks here, again after a failure if asked for; returns the exit code."""
     command = [sys.executable, __file__, *job_arguments()]
 
+    known = [0]
+
     def newest_step() -> int:
-        saved = saved_steps(Path(config.run.dir) / "checkpoints")
-        return step_of(saved[-1]) if saved else 0
+        with contextlib.suppress(OSError):  # a file system that does not answer for a moment
+            saved = saved_steps(Path(config.run.dir) / "checkpoints")
+            known.append(step_of(saved[-1]) if saved else 0)
+        return known[-1]
 
     if restarts:
         code = launch.run_workers_again(command, world_size, restarts=restarts, newest_step=newest_step)
@@ -181,7 +186,7 @@ def train_here(config: Config, overrides: list[str]) -> None:
         init_method=os.environ.get(launch.INIT_METHOD, "env://"),
         deterministic_only=config.train.deterministic,
     )
-    with group as context, locked(Path(config.run.dir)):
+    with group as context, locked(Path(config.run.dir), 30 * config.parallel.timeout_minutes):
         train(config, context, overrides)
         signals.ignore()
     watchdog.stop()  # not after an error: the end of this process may hang

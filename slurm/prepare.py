@@ -45,7 +45,7 @@ def refuse_options_of_sbatch(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: there is one.
     """
-    known = ("--config-dir", "--multirun", pretrain.AUTO_RESTART)  # the latter two are refused for what they are
+    known = ("--config-dir", "--cfg", "--resolve", "--help", "--multirun", pretrain.AUTO_RESTART)  # some refused later
     wrong = [word for word in arguments if word.startswith("-") and not word.startswith(known)]
     if wrong:
         raise ConfigError(f"{wrong[0]}: options of sbatch go before the script's name; after it, overrides")

@@ -32,7 +32,7 @@ from megatron_moe.config.errors import exit_code_of
 from megatron_moe.distributed.accelerators import quiet
 from tools.benchmarks.checkpoint import save_and_load
 from tools.benchmarks.plan import OTHERS, predictions
-from tools.benchmarks.train import CONTENDERS, SIZES, compare, measure
+from tools.benchmarks.train import CONTENDER, CONTENDERS, SIZES, compare, measure
 
 Result = dict[str, Any]
 SEQUENCE_LENGTH = 4096
@@ -111,7 +111,7 @@ def benchmark_train(args: argparse.Namespace) -> list[Result]:
         measured = {
             (contender, precision): in_new_process(measure, contender, size, precision, args.steps)
             for precision in args.precisions
-            for contender in args.contenders
+            for contender in dict.fromkeys((CONTENDER, *args.contenders))
         }
         results += compare(size, measured)
     return results

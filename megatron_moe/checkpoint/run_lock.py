@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
@@ -26,42 +27,52 @@ POLL_S = 0.2
 HELD = (errno.EACCES, errno.EAGAIN)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 Holder = dict[str, str | int]
+HELD_TO_THE_END: list[contextlib.ExitStack] = []
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, patience_s: float = math.inf) -> Iterator[None]:
     """Hold a run's folder, on rank 0; on all ranks.
 
     A lock of `fcntl.lockf` ends with its process, however that ends. NFS and Lustre servers know of it, and processes
     that read data do not inherit it.
+
+    Args:
+        folder: of the run.
+        patience_s: what it waits for another process's end at most; less than other ranks wait for this one.
 
     Raises:
         ConfigError: on all ranks, if another process holds it and goes on.
         OSError: on all ranks, if that is one of the same Slurm job, started before this one.
     """
     with contextlib.ExitStack() as stack:
-        from_main(lambda: _hold(folder, stack))
-        yield
+        from_main(lambda: _hold(folder, stack, patience_s))
+        try:
+            yield
+        except BaseException:
+            HELD_TO_THE_END.append(stack.pop_all())  # threads of this process may still write
+            raise
 
 
-def _hold(folder: Path, stack: contextlib.ExitStack) -> None:
+def _hold(folder: Path, stack: contextlib.ExitStack, patience_s: float) -> None:
     try:
         file = stack.enter_context((folder / LOCK).open("ab+", buffering=0))
-        _wait(file, folder)
+        _wait(file, folder, patience_s)
         file.truncate(0)
         file.write(json.dumps(_ourselves()).encode())
+        os.fsync(file.fileno())  # for those on other nodes
     except OSError as error:
         if may_pass(error):
             raise
         raise ConfigError(f"run.dir={folder}: cannot be written: {error.strerror}") from error
 
 
-def _wait(file: BinaryIO, folder: Path) -> None:
+def _wait(file: BinaryIO, folder: Path, patience_s: float) -> None:
     start = time.monotonic()
     is_told = False
     while not _try(file):
         holder = _read(file)
-        patience = HERE_S if holder.get("host") == socket.gethostname() else ELSEWHERE_S
+        patience = min(patience_s, HERE_S if holder.get("host") == socket.gethostname() else ELSEWHERE_S)
         if time.monotonic() - start > patience:
             raise _refusal(folder, holder)
         if not is_told:

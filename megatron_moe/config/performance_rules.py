@@ -13,7 +13,6 @@ from megatron_moe.config.derived import expert_tensor_parallel_size, num_chunks
 from megatron_moe.config.schema import (
     Attention,
     Config,
-    CudaGraphScope,
     Dispatcher,
     Dtype,
     Fp8Recipe,
@@ -28,7 +27,7 @@ FULL, SELECTIVE = RecomputeGranularity.full, RecomputeGranularity.selective
 
 def performance_problems(config: Config) -> Iterator[str]:
     """What is wrong with these options, one line each."""
-    for rule in (_recompute, _precision, _dispatcher, _fusions, _cuda_graphs, _overlap, _expert_parallel_overlap):
+    for rule in (_recompute, _precision, _dispatcher, _fusions, _overlap, _expert_parallel_overlap):
         yield from rule(config)
 
 
@@ -39,7 +38,7 @@ def _recompute(config: Config) -> Iterator[str]:
     if recompute.granularity is not FULL:
         for name in ("method", "num_layers"):
             if (value := getattr(recompute, name)) is not None:
-                yield f"recompute.{name}={_text(value)}: must be null but with recompute.granularity=full"
+                yield f"recompute.{name}={_text(value)}: recompute.granularity=full reads it only; see recompute=full"
     if recompute.granularity is SELECTIVE:
         yield from _recomputed_modules(config)
     elif recompute.granularity is FULL:
@@ -197,23 +196,6 @@ def _why_no_cross_entropy_fusion(config: Config) -> str | None:
     return "its kernel sums in any order, not with train.deterministic=True" if config.train.deterministic else None
 
 
-def _cuda_graphs(config: Config) -> Iterator[str]:
-    scope = config.kernels.cuda_graph_scope
-    if not scope:
-        return
-    option = f"kernels.cuda_graph_scope={_names(scope)}"
-    if CudaGraphScope.mlp in scope and not config.model.num_dense_layers:
-        yield f"{option}: mlp needs model.num_dense_layers above 0; experts cannot be captured, their loads differ"
-    if config.recompute.granularity is FULL:
-        yield f"{option}: not with recompute.granularity=full, whose layers span what is captured"
-    if RecomputeModule.moe in config.recompute.modules:
-        yield f"{option}: not with recompute.modules={_names(config.recompute.modules)}; moe would not be recomputed"
-    if config.data.reset_position_ids:
-        yield f"{option}: a captured graph would keep the positions of its first batch; data.reset_position_ids=False"
-    if config.train.batch_ramp.start is not None:
-        yield f"{option}: captures a fixed number of micro batches; train.batch_ramp.start=null"
-
-
 def _overlap(config: Config) -> Iterator[str]:
     overlap = config.overlap
     if overlap.overlap_param_gather and overlap.overlap_grad_reduce is False:
@@ -241,8 +223,6 @@ def _expert_parallel_overlap(config: Config) -> Iterator[str]:
         yield f"{option}: not with recompute.modules={_names(modules)}; moe would not be recomputed"
     if overlap.moe_shared_expert_overlap:
         yield f"{option}: not with overlap.moe_shared_expert_overlap=True"
-    if config.kernels.cuda_graph_scope:
-        yield f"{option}: not with kernels.cuda_graph_scope={_names(config.kernels.cuda_graph_scope)}"
 
 
 def _names(values: list[Enum]) -> str:

@@ -88,13 +88,6 @@ class Dispatcher(Enum):
     hybridep = "hybridep"
 
 
-class CudaGraphScope(Enum):
-    """What is captured: attention with its norm, or the FFN of dense layers."""
-
-    attn = "attn"
-    mlp = "mlp"
-
-
 class DataKind(Enum):
     """Where tokens come from."""
 
@@ -262,9 +255,10 @@ class RecomputeConfig:
 
 @dataclass(kw_only=True)
 class KernelsConfig:
-    """GPU kernels. A fusion that is null is on where this machine has it and nothing in this configuration excludes it.
+    """GPU kernels.
 
-    `cuda_graph_scope`: what is captured in CUDA graphs, one for each layer; empty: nothing.
+    A fusion that is null is on with Transformer Engine, where it has a kernel for it and nothing in this configuration
+    excludes it, but for `apply_rope_fusion` of latent attention.
     """
 
     dispatcher: Dispatcher = Dispatcher.alltoall
@@ -273,7 +267,6 @@ class KernelsConfig:
     cross_entropy_loss_fusion: bool | None = None
     apply_rope_fusion: bool | None = None
     bias_activation_fusion: bool | None = None
-    cuda_graph_scope: list[CudaGraphScope] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -484,8 +477,8 @@ class ClusterConfig:
     compute, `memory_efficiency` in the optimizer, `intra_node_efficiency`, `inter_node_efficiency`); the shares of
     communication that computing hides (`all_to_all_overlap`, `data_parallel_overlap`); `expert_imbalance`, the load of
     the fullest expert-parallel rank over the mean; `usable_memory`, the share that is left by libraries and
-    fragmentation; `layer_overhead_s`, seconds of a layer's forward pass whatever its tokens, of launching kernels and
-    reading weights, and twice as many backward; and `gpu_mtbf_hours`, from one failure of a GPU to the next.
+    fragmentation; `layer_overhead_s`, seconds of a layer's forward pass whatever its tokens, of what calls its
+    operations, and twice as many backward; and `gpu_mtbf_hours`, from one failure of a GPU to the next.
     `calibrated` names those that were fitted to measurements; the others are assumed.
     """
 

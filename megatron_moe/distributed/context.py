@@ -105,6 +105,7 @@ def one_of_many(parallel: ParallelConfig, rank: int, world_size: int) -> Iterato
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        parallel_state.generate_masked_orthogonal_rank_groups, parallel_state.create_group = LIST_GROUPS, CREATE_GROUP
 
 
 def _make_own_groups_only() -> None:

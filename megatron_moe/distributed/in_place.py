@@ -1,8 +1,9 @@
 """Gradients and weights sent without copies, on CPUs.
 
 gloo copies whole buffers to scatter sums and to gather parts. megatron-core's data-parallel wrapper does both within
-one buffer (0.16.1, distributed/param_and_grad_buffer.py), where a sum on all ranks and a broadcast of each part give
-the same bits: of 240 MB between two ranks on two cores in half and in a seventh of the time, and on one rank in none.
+one buffer (0.16.1, distributed/param_and_grad_buffer.py). There a sum on all ranks gives the same bits as a scattered
+one, and a broadcast of each part the same as gathering them; for 240 MB, two ranks and two cores the first took half as
+long and the second a seventh, and one rank has nothing to do.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def _broadcast(whole: Tensor, part: Tensor, *, group: dist.ProcessGroup, async_o
 
 
 def _one_by_one(group: dist.ProcessGroup, async_ops: bool = False, **options: Any) -> Any:
-    """Together, gloo copies what it reduces."""
+    """Not collected to be sent together, for which gloo would copy them into one buffer."""
     return COALESCED(group, async_ops=async_ops, **options) if async_ops else contextlib.nullcontext()
 
 

@@ -93,9 +93,6 @@ def _problems(config: Config, accelerators: Accelerators) -> Iterator[str]:
             f"kernels.dispatcher={kernels.dispatcher.value}: needs a GPU and the package "
             f"{PACKAGES[kernels.dispatcher]} ({here}); kernels.dispatcher=alltoall"
         )
-    if kernels.cuda_graph_scope and not accelerators.gpu:
-        scope = ",".join(part.value for part in kernels.cuda_graph_scope)
-        yield f"kernels.cuda_graph_scope=[{scope}]: needs a GPU ({here}); set it to []"
     if overlap.overlap_moe_expert_parallel_comm and not accelerators.gpu:
         yield f"overlap.overlap_moe_expert_parallel_comm=True: needs a GPU ({here}); set it to False"
     if config.precision.fp8 is not None and not accelerators.fp8:
@@ -151,8 +148,6 @@ def _kernels(config: Config, accelerators: Accelerators) -> dict[str, Any]:
         **dispatch,
         **{name: is_fused(config, name, accelerators) for name in FUSIONS},
         "cross_entropy_fusion_impl": "te",
-        "cuda_graph_impl": "local" if kernels.cuda_graph_scope else "none",
-        "cuda_graph_scope": [scope.value for scope in kernels.cuda_graph_scope],
     }
 
 
@@ -210,8 +205,6 @@ def describe(config: Config, accelerators: Accelerators) -> str:
     on += [name for name in names if getattr(overlap, name)]
     if config.kernels.dispatcher is not Dispatcher.alltoall:
         on.append(f"dispatcher {config.kernels.dispatcher.value}")
-    if config.kernels.cuda_graph_scope:
-        on.append("CUDA graphs of " + " and ".join(scope.value for scope in config.kernels.cuda_graph_scope))
     if config.recompute.granularity is not None:
         on.append(f"recompute {describe_recompute(config.recompute)}")
     return ", ".join(on)

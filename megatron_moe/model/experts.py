@@ -20,7 +20,6 @@ from torch.nn import Parameter
 
 ROWS = 16  # an expert's rows are padded to a multiple of it: oneDNN compiles each shape once, and remembers some
 CALL = 64  # rows that take as long as what else a product of a single expert costs
-CONVERTED = 4  # matrices
 
 
 class GroupedExperts(MegatronModule):
@@ -58,13 +57,13 @@ class GroupedExperts(MegatronModule):
 
         Args:
             permuted_local_hidden_states: [n, h], the tokens of the first local expert, then of the second, ...
-            tokens_per_expert: [local experts], on the CPU; their sum is n.
+            tokens_per_expert: [local experts]; their sum is n.
             permuted_probs: [n], gate values.
 
         Returns:
             [n, h] in the same order, and no bias.
         """
-        rows = Rows.of(tokens_per_expert, permuted_probs.device)
+        rows = Rows.of(tokens_per_expert.cpu(), permuted_probs.device)
         return _Experts.apply(permuted_local_hidden_states, permuted_probs, rows, self.weight1, self.weight2), None
 
     def sharded_state_dict(
@@ -170,21 +169,21 @@ class _Experts(torch.autograd.Function):
         ctx.save_for_backward(tokens, probs, hidden)
         ctx.rows, ctx.weights = rows, (weight1, weight2)
         gate, up = hidden.chunk(2, dim=-1)
-        gated = F.silu(gate).mul_(up).mul_(_padded_probs(probs, rows).to(tokens.dtype))
+        gated = (F.silu(gate).mul_(up) * _padded_probs(probs, rows)).to(tokens.dtype)
         return _products(rows, gated, weight2.mT).index_select(0, rows.place)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tokens, probs, hidden = ctx.saved_tensors
         rows, (weight1, weight2) = ctx.rows, ctx.weights
-        gradient, probs = _padded(gradient, rows), _padded_probs(probs, rows).to(tokens.dtype)
+        gradient, probs = _padded(gradient, rows), _padded_probs(probs, rows)
         gate, up = hidden.chunk(2, dim=-1)
         activated = F.silu(gate)
         swiglu = activated * up
-        of_weight2 = _weight_gradient(rows, gradient, swiglu * probs, weight2)
+        of_weight2 = _weight_gradient(rows, gradient, (swiglu * probs).to(tokens.dtype), weight2)
         of_gated = _products(rows, gradient, weight2)
-        of_probs = (of_gated * swiglu).sum(-1, dtype=ctx.saved_tensors[1].dtype)
-        of_swiglu = of_gated.mul_(probs)
+        of_probs = (of_gated.to(probs.dtype) * swiglu).sum(-1)
+        of_swiglu = (of_gated * probs).to(tokens.dtype)
         of_hidden = torch.empty_like(hidden)
         of_gate, of_up = of_hidden.chunk(2, dim=-1)
         torch.mul(of_swiglu, activated, out=of_up)
@@ -231,6 +230,9 @@ def _weight_gradient(rows: Rows, outputs: Tensor, inputs: Tensor, weight: Parame
 
 
 def _add(total: Tensor, addend: Tensor) -> None:
-    """Of another type, a part at a time, so that the converted part stays in the cache."""
-    for part, values in zip(total.split(CONVERTED), addend.split(CONVERTED), strict=True):
-        part.add_(values)
+    """Of another type: a matrix at a time, as torch first converts all of what it adds."""
+    if total.dim() == 2:
+        total.add_(addend)
+        return
+    for matrix, values in zip(total, addend, strict=True):
+        matrix.add_(values)

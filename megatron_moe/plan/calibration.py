@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +25,9 @@ class Measurement:
         config: of the run.
         world_size: its ranks.
         step: all of it.
-        passes: forward and backward, what is sent meanwhile included.
+        passes: forward and backward, what is sent meanwhile and the reduction of gradients included.
         all_to_all: what of this is dispatch and combine.
-        update: what follows the passes.
+        update: what follows the passes: the optimizer's, and the gathering of weights.
     """
 
     config: Config
@@ -49,13 +50,15 @@ def calibrated(cluster: ClusterConfig, runs: list[Measurement]) -> ClusterConfig
         cluster: with all rates.
         runs: of one or more layouts on it.
     """
-    fitted = {"memory_efficiency": _share([(_update(run, cluster), run.update) for run in runs])}
+    fitted: dict[str, float] = {}
+    for link in LINKS:
+        name = f"{link}_efficiency"
+        sending = [run for run in runs if run.all_to_all > 0 and _link(run, cluster) == link]
+        if sending:
+            fitted[name] = _share(*zip(*(_sent(run, cluster, link) for run in sending), strict=True))
+            cluster = dataclasses.replace(cluster, **fitted)
+    fitted["memory_efficiency"] = _share(*zip(*(_update(run, cluster) for run in runs), strict=True))
     cluster = dataclasses.replace(cluster, **fitted)
-    sending = [run for run in runs if run.all_to_all > 0 and _all_to_all(run, cluster) > 0]
-    if sending:
-        link = _link(sending, cluster)
-        fitted[link] = _share([(_all_to_all(run, cluster) * getattr(cluster, link), run.all_to_all) for run in sending])
-        cluster = dataclasses.replace(cluster, **{link: fitted[link]})
     fitted |= _passes(cluster, runs)
     return dataclasses.replace(cluster, **fitted, calibrated=sorted(fitted))
 
@@ -72,28 +75,39 @@ def _model(run: Measurement, cluster: ClusterConfig, **changes: float) -> StepMo
     return StepModel(PlanConfig(**vars(run.config), cluster=cluster), run.world_size)
 
 
-def _update(run: Measurement, cluster: ClusterConfig) -> float:
-    return _model(run, cluster, memory_efficiency=1.0).step(0.0).optimizer
+def _update(run: Measurement, cluster: ClusterConfig) -> tuple[float, float]:
+    """Seconds of the optimizer at the full rate, and those measured: without the gathering of weights."""
+    step = _model(run, cluster, memory_efficiency=1.0).step(0.0)
+    return step.optimizer, max(run.update - step.weights, 0.1 * run.update)
 
 
-def _all_to_all(run: Measurement, cluster: ClusterConfig) -> float:
+def _sent(run: Measurement, cluster: ClusterConfig, link: str) -> tuple[float, float]:
+    """Seconds of all-to-alls over a link at its full rate, and those measured: without what goes over the other."""
+    others = _all_to_all(run, cluster, **{f"{link}_bandwidth": math.inf})
+    at_full_rate = _all_to_all(run, cluster, **{f"{link}_efficiency": 1.0}) - others
+    return at_full_rate, max(run.all_to_all - others, 0.1 * run.all_to_all)
+
+
+def _all_to_all(run: Measurement, cluster: ClusterConfig, **changes: float) -> float:
     """Of the stage that sends most."""
-    model = _model(run, cluster)
+    model = _model(run, cluster, **changes)
     return model.micro_batches * max(
         sum(model.pass_time(layers, backward=kind).all_to_all for layers in chunks for kind in (False, True))
         for chunks in model.chunks
     )
 
 
-def _link(runs: list[Measurement], cluster: ClusterConfig) -> str:
-    """The efficiency that all-to-alls tell of: between nodes, where they leave one."""
-    leaves = any(_model(run, cluster).groups.expert.per_node < _model(run, cluster).groups.expert.size for run in runs)
-    return "inter_node_efficiency" if leaves else "intra_node_efficiency"
+def _link(run: Measurement, cluster: ClusterConfig) -> str | None:
+    """What the slower part of a run's all-to-alls goes over; None: it has none."""
+    group = _model(run, cluster).groups.expert
+    if group.size == 1:
+        return None
+    return "inter_node" if group.per_node < group.size else "intra_node"
 
 
-def _share(pairs: list[tuple[float, float]]) -> float:
-    """Median of the seconds at full rate over the measured ones."""
-    return min(1.0, float(np.median([ideal / measured for ideal, measured in pairs])))
+def _share(at_full_rate: Sequence[float], measured: Sequence[float]) -> float:
+    """Median of the seconds at the full rate over the measured ones."""
+    return min(1.0, float(np.median(np.divide(at_full_rate, measured))))
 
 
 def _passes(cluster: ClusterConfig, runs: list[Measurement]) -> dict[str, float]:
@@ -105,7 +119,7 @@ def _passes(cluster: ClusterConfig, runs: list[Measurement]) -> dict[str, float]
 
     def error_and_inputs(efficiency: float) -> tuple[float, dict[str, float]]:
         times = [_model(run, cluster, compute_efficiency=efficiency, layer_overhead_s=0.0) for run in runs]
-        left = 1 - np.array([model.pipeline_s() + model.step(0.0).data_parallel for model in times]) / measured
+        left = 1 - np.array([model.pipeline_s() + model.step(0.0).gradients for model in times]) / measured
         if len(sizes) > 1:
             overhead = max(0.0, float(layers @ left / (layers @ layers)))
         else:

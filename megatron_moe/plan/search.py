@@ -96,7 +96,7 @@ def search(config: PlanConfig, num_gpus: int, pinned: set[str]) -> Search:
     refused: Counter[str] = Counter()
     for smallest in _group_sizes(config, num_gpus, pinned):
         outcome = _try(smallest, num_gpus, recompute)
-        others = () if isinstance(outcome, str) else _larger(smallest, pinned)
+        others = () if outcome == DOES_NOT_FIT else _larger(smallest, pinned)
         for one in itertools.chain([outcome], (_try(candidate, num_gpus, recompute) for candidate in others)):
             if isinstance(one, str):
                 refused[one] += 1

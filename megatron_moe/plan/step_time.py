@@ -53,18 +53,25 @@ class Step:
 
     Attributes:
         pipeline: forward and backward passes of all micro batches, with what the slowest stage waits.
-        data_parallel: sending gradients and weights, as far as computing does not hide it.
+        gradients: reducing and scattering them, as far as computing does not hide it.
+        weights: gathering them, likewise.
         optimizer: the update.
     """
 
     pipeline: float
-    data_parallel: float
+    gradients: float
+    weights: float
     optimizer: float
 
     @property
     def total(self) -> float:
         """All."""
         return self.pipeline + self.data_parallel + self.optimizer
+
+    @property
+    def data_parallel(self) -> float:
+        """Sending gradients and weights."""
+        return self.gradients + self.weights
 
 
 def imbalance(config: PlanConfig) -> float:
@@ -189,9 +196,13 @@ class StepModel:
         """With what follows the passes, on the slowest stage."""
         cluster, params = self.cluster, set(self.params)
         sent = max(seconds(cluster, data_parallel(self.config, self.groups, count)) for count in params)
+        sent *= 1 - cluster.data_parallel_overlap
+        state = state_bytes(self.config.precision)
+        of_gradients = state.gradient / (state.gradient + state.weight)
         updated = max(optimizer_share(self.config, self.world_size, count) for count in params)
         return Step(
             pipeline=pipeline_s,
-            data_parallel=sent * (1 - cluster.data_parallel_overlap),
+            gradients=sent * of_gradients,
+            weights=sent * (1 - of_gradients),
             optimizer=OPTIMIZER_BYTES * updated / (cluster.memory_bandwidth * cluster.memory_efficiency),
         )

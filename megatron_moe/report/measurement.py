@@ -11,7 +11,7 @@ from megatron_moe.config.schema import ClusterConfig
 from megatron_moe.plan.calibration import Measurement
 from megatron_moe.report.runs import RunRecord, read_runs
 
-PARTS = ("speed/step_time_s", "time/forward_backward_s", "time/all_to_all_s", "time/data_wait_s")
+PARTS = ("speed/step_time_s", "time/forward_backward_s", "time/all_to_all_s", "time/data_wait_s", "time/optimizer_s")
 
 
 def measurements(folders: list[Path], cluster: ClusterConfig) -> list[Measurement]:
@@ -58,6 +58,6 @@ def _values(run: RunRecord, name: str) -> np.ndarray:
 
 
 def _measurement(run: RunRecord) -> Measurement:
-    step, passes, all_to_all, data_wait = (float(np.median(_values(run, name)[1:])) for name in PARTS)
-    update = step - passes - data_wait
+    step, passes, all_to_all, data_wait, optimizer = (float(np.median(_values(run, name)[1:])) for name in PARTS)
+    update = max(step - passes - data_wait, optimizer)  # parts are those of the slowest rank in each
     return Measurement(run.config, run.world_size, step - data_wait, passes, all_to_all, update)

@@ -40,7 +40,6 @@ LAYOUTS = {
         "precision=fp8",
         "kernels.dispatcher=deepep",
         "kernels.moe_permute_fusion=true",
-        "kernels.cuda_graph_scope=[attn]",
         "recompute=selective",
         "recompute.modules=[moe_act]",
     ],

@@ -38,10 +38,10 @@ def made_up(of: ClusterConfig, *overrides: str) -> Measurement:
         sum(model.pass_time(layers, backward=backward).all_to_all for layers in chunks for backward in (False, True))
         for chunks in model.chunks
     )
-    return Measurement(config, ranks, step.total, step.pipeline + step.data_parallel, sent, step.optimizer)
+    return Measurement(config, ranks, step.total, step.pipeline + step.gradients, sent, step.weights + step.optimizer)
 
 
-@pytest.mark.parametrize("layout", ["single", "ep2", "pp2_ep2", "pp2_vpp2"])
+@pytest.mark.parametrize("layout", ["single", "ep2", "dp2", "pp2_ep2", "pp2_vpp2"])
 def test_two_sizes_of_micro_batches_give_all_inputs(layout: str) -> None:
     known = {name: value for name, value in SET.items() if "ep2" in layout or name != "intra_node_efficiency"}
     real = cluster(**known)
@@ -51,6 +51,21 @@ def test_two_sizes_of_micro_batches_give_all_inputs(layout: str) -> None:
     assert fitted.calibrated == sorted(known)
     other = made_up(real, "parallel=pp4", "data.sequence_length=512")
     assert predicted(other, fitted) == pytest.approx(other.step, rel=0.01)
+
+
+def test_each_link_is_fitted_to_its_own_runs() -> None:
+    real = cluster(**SET, gpus_per_node=2, inter_node_efficiency=0.5)
+    runs = [made_up(real, f"parallel={layout}") for layout in ("ep2", "ep4")]
+    fitted = calibrated(cluster(gpus_per_node=2), runs)
+    assert fitted.intra_node_efficiency == pytest.approx(0.2)
+    assert fitted.inter_node_efficiency == pytest.approx(0.5, rel=0.01)
+
+
+def test_an_update_that_is_not_seen_beside_the_passes_is_the_optimizer_s(tmp_path: Path) -> None:
+    """Parts are of the slowest rank in each, so they may be longer than the step together."""
+    lines = [{**line, "time/forward_backward_s": 1.0, "time/data_wait_s": 0.01} for line in logged(1.0)]
+    (run,) = measurements([write_run(tmp_path / "run", lines=lines)], cluster())
+    assert run.update == 0.05
 
 
 def test_one_run_keeps_the_proportion() -> None:
@@ -79,6 +94,7 @@ def logged(step_s: float) -> list[dict[str, float]]:
             "time/forward_backward_s": seconds - 0.1,
             "time/all_to_all_s": 0.0,
             "time/data_wait_s": 0.0,
+            "time/optimizer_s": 0.05,
         }
         for step, seconds in ((10, 5 * step_s), (20, step_s), (30, step_s), (40, step_s))
     ]

@@ -13,7 +13,6 @@ from megatron.core import utils
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer import transformer_config as mcore
-from megatron.core.transformer.enums import CudaGraphScope as McoreScope
 from megatron.core.transformer.moe import moe_utils
 from omegaconf import DictConfig, OmegaConf
 
@@ -77,7 +76,6 @@ def full(method: str, num_layers: int) -> Setting:
 
 
 BF16 = {"precision.dtype": schema.Dtype.bf16}
-ATTENTION_GRAPHS = {"kernels.cuda_graph_scope": [schema.CudaGraphScope.attn]}
 TWO_AT_ONCE = {"overlap.overlap_moe_expert_parallel_comm": True, **BF16}
 SETTINGS: list[Setting] = [
     {},
@@ -98,8 +96,6 @@ SETTINGS: list[Setting] = [
     *({"kernels.dispatcher": dispatcher, **BF16} for dispatcher in Dispatcher),
     {"kernels.dispatcher": Dispatcher.deepep},
     *({f"kernels.{name}": True} for name in FUSIONS),
-    *({"kernels.cuda_graph_scope": [scope]} for scope in schema.CudaGraphScope),
-    {"kernels.cuda_graph_scope": list(schema.CudaGraphScope)},
     *({f"overlap.{name}": True} for name in vars(schema.OverlapConfig())),
     {"overlap.overlap_grad_reduce": False},
     TWO_AT_ONCE,
@@ -182,7 +178,7 @@ def test_megatron_core_accepts_every_pair_that_we_accept(layout: str) -> None:
         (full("uniform", 2), ["parallel=pp2"], "given by parallel.pipeline_layout"),
         (full("uniform", 2), ["parallel=pp2", "parallel.pipeline_layout=[3,1]"], r"must divide the layers of each"),
         ({"recompute.num_layers": 0}, [], "recompute.num_layers=0: must be positive"),
-        ({"recompute.num_layers": 2}, [], "must be null but with recompute.granularity=full"),
+        ({"recompute.num_layers": 2}, [], "recompute.granularity=full reads it only"),
         ({"precision.fp8": schema.Fp8.hybrid}, [], "needs precision.dtype=bf16"),
         (
             {"precision.fp8": schema.Fp8.hybrid, **BF16},
@@ -221,17 +217,9 @@ def test_megatron_core_accepts_every_pair_that_we_accept(layout: str) -> None:
             [],
             "not with train.deterministic=True",
         ),
-        ({"kernels.cuda_graph_scope": [schema.CudaGraphScope.mlp]}, ["model.num_dense_layers=0"], "mlp needs"),
-        (
-            {"kernels.cuda_graph_scope": [schema.CudaGraphScope.attn]},
-            ["train.batch_ramp={start: 4, increment: 4, tokens: 100}"],
-            "a fixed number of micro batches",
-        ),
         ({"overlap.moe_shared_expert_overlap": True}, ["model.num_shared_experts=0"], "needs model.num_shared_experts"),
         ({"recompute.modules": [schema.RecomputeModule.moe]}, [], "only recompute.granularity=selective reads them"),
         ({"precision.grad_reduce_in_fp32": False}, [], "only precision.dtype=bf16 has a choice"),
-        ({**ATTENTION_GRAPHS, **selective("moe")}, [], "moe would not be recomputed"),
-        ({**ATTENTION_GRAPHS, "data.reset_position_ids": True}, [], "keep the positions of its first batch"),
         (
             {"overlap.overlap_param_gather": True, "overlap.overlap_grad_reduce": False},
             [],
@@ -270,7 +258,6 @@ def test_nothing_is_switched_on_without_transformer_engine() -> None:
         assert not any(getattr(fields, name) for name in FUSIONS)
         assert not fields.moe_grouped_gemm
         assert fields.recompute_granularity is fields.fp8 is None
-        assert fields.cuda_graph_impl == "none"
     assert not DistributedDataParallelConfig(**data_parallel_fields(config, Accelerators())).overlap_grad_reduce
     assert describe(config, Accelerators()) == ""
 
@@ -338,11 +325,9 @@ def test_whole_layers_graphs_and_shared_experts_reach_megatron_core() -> None:
         "uniform",
         2,
     )
-    graphs = composed("kernels.cuda_graph_scope=[attn,mlp]", "overlap.moe_shared_expert_overlap=true")
-    assert problems_of(graphs) == ()
-    fields = transformer_config(graphs, EVERYTHING)
-    assert (fields.cuda_graph_impl, fields.cuda_graph_scope) == ("local", [McoreScope.attn, McoreScope.mlp])
-    assert fields.moe_shared_expert_overlap
+    overlapped = composed("overlap.moe_shared_expert_overlap=true")
+    assert problems_of(overlapped) == ()
+    assert transformer_config(overlapped, EVERYTHING).moe_shared_expert_overlap
 
 
 @pytest.mark.parametrize(
@@ -351,7 +336,6 @@ def test_whole_layers_graphs_and_shared_experts_reach_megatron_core() -> None:
         *((f"kernels.{name}=true", Accelerators(), f"kernels.{name}=True: there is no kernel") for name in FUSIONS),
         ("kernels.dispatcher=deepep", Accelerators(), "needs a GPU and the package deep_ep (this rank has no GPU)"),
         ("kernels.dispatcher=hybridep", GPU, "package deep_ep (this rank has a GPU, no Transformer Engine)"),
-        ("kernels.cuda_graph_scope=[attn]", Accelerators(), "kernels.cuda_graph_scope=[attn]: needs a GPU"),
         ("overlap.overlap_moe_expert_parallel_comm=true", Accelerators(), "needs a GPU"),
         ("overlap.delay_wgrad_compute=true", GPU, "needs Transformer Engine"),
         ("precision=fp8", GPU, "precision.fp8=hybrid: needs Transformer Engine"),

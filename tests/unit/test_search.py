@@ -7,8 +7,6 @@ import pytest
 
 from megatron_moe.config.load import compose_plan
 from megatron_moe.config.schema import (
-    CudaGraphScope,
-    KernelsConfig,
     ParallelConfig,
     PlanConfig,
     RecomputeConfig,
@@ -139,13 +137,21 @@ def test_recomputation_that_is_given_stays() -> None:
 
 
 def test_a_choice_that_other_options_exclude_is_not_tried() -> None:
-    """Captured attention and whole layers computed again."""
+    """Micro batches of other experts meanwhile, and whole layers computed again."""
     config = checked(compose_plan(["experiment=deepseekmoe_145b", "cluster.num_gpus=512"]))
-    config.kernels = KernelsConfig(cuda_graph_scope=[CudaGraphScope.attn])
-    config.parallel = ParallelConfig(pipeline_model_parallel_size=16, expert_model_parallel_size=4)
-    result = search(config, 512, {TENSOR, PIPELINE, EXPERT, CONTEXT})
+    config.overlap.overlap_moe_expert_parallel_comm = True
+    options = {"pipeline_model_parallel_size": 8, "virtual_pipeline_model_parallel_size": 2}
+    config.parallel = ParallelConfig(expert_model_parallel_size=4, **options)
+    result = search(config, 512, {TENSOR, PIPELINE, VIRTUAL, EXPERT, CONTEXT})
     assert not result.found
     assert result.refused == {DOES_NOT_FIT: 1}
+
+
+def test_larger_layouts_are_tried_where_a_rule_refuses_the_smallest() -> None:
+    """As of overlapped experts, which need several virtual stages."""
+    options = ["experiment=deepseekmoe_16b", "overlap.overlap_moe_expert_parallel_comm=true"]
+    result = searched(16, {EXPERT: 4, PIPELINE: 2}, *options)
+    assert {one.config.parallel.virtual_pipeline_model_parallel_size for one in result.found} >= {2, 4}
 
 
 def test_v2_without_tensor_parallelism() -> None:

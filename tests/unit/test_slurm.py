@@ -177,7 +177,9 @@ def test_flags_and_values_that_are_ours_stay() -> None:
 )
 def test_a_job_says_who_goes_on(environment: str, said: str) -> None:
     function = re.search(r"^start_again\(\) \{.*?^\}", PRETRAIN, flags=re.DOTALL | re.MULTILINE)[0]
-    script = f'set -u; {environment or ':'}; is_ending=; job=1; say() {{ echo "$1"; }}; scontrol() {{ :; }}; {function}; '
+    script = (
+        f'set -u; {environment or ":"}; is_ending=; job=1; say() {{ echo "$1"; }}; scontrol() {{ :; }}; {function}; '
+    )
     output = subprocess.run(
         ["bash", "-c", f"{script} start_again 7 saved"], capture_output=True, text=True, check=False
     )

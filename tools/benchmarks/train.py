@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 Step = Callable[[], None]
+CONTENDER = "ours"  # beside which the others are put
 WARM_UP = 2  # steps
 MATRIX = 2048  # rows and columns of the product whose rate is the yardstick
 SIZES = {
@@ -177,7 +178,7 @@ def transformers_with(experts: str, *, compiled: bool = False) -> Callable[[Any]
 
 
 CONTENDERS: dict[str, Callable[[Any], Any]] = {
-    "ours": ours,
+    CONTENDER: ours,
     "megatron-core": plain_megatron_core,
     "transformers, eager": transformers_with("eager"),
     "transformers, grouped_mm": transformers_with("grouped_mm"),
@@ -196,5 +197,5 @@ def compare(size: str, measured: dict[tuple[str, str], dict[str, float]]) -> lis
         spread = f"{found['fastest']:.3g} to {found['slowest']:.3g}"
         row = {"what": f"step of {size}, {precision}, {contender}", "figure": found["median"], "unit": "s"}
         row["beside"] = f"{spread}; {speed:,.0f} tokens/s; {found['gib']:.2f} GiB; {share:.0%} of a product"
-        rows.append({**row, "ratio": found["median"] / measured["ours", precision]["median"], **found})
+        rows.append({**row, "ratio": found["median"] / measured[CONTENDER, precision]["median"], **found})
     return rows

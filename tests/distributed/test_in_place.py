@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import tiny_run
 
 
 def both_ways() -> tuple[torch.Tensor, ...]:
@@ -17,12 +18,12 @@ def both_ways() -> tuple[torch.Tensor, ...]:
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=os.environ["MEGATRON_MOE_INIT_METHOD"], rank=rank, world_size=size)
+    theirs = buffers.dist_reduce_scatter_func, buffers.dist_all_gather_func
     in_place.install()
+    in_place.SCATTER = in_place.GATHER = None  # which would copy
+    ours = buffers.dist_reduce_scatter_func, buffers.dist_all_gather_func
     found = []
-    for scatter, gather in (
-        (in_place.SCATTER, in_place.GATHER),
-        (buffers.dist_reduce_scatter_func, buffers.dist_all_gather_func),
-    ):
+    for scatter, gather in (theirs, ours):
         whole = torch.randn(size * 1000, generator=torch.Generator().manual_seed(rank))
         part = whole.view(size, -1)[rank]
         scatter(part, whole, op=dist.ReduceOp.SUM, group=dist.group.WORLD, async_op=False)
@@ -30,6 +31,19 @@ def both_ways() -> tuple[torch.Tensor, ...]:
         gather(whole, part, group=dist.group.WORLD, async_op=False)
         found.append(whole)
     return tuple(found)
+
+
+def sent_in_training() -> bool:
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    from megatron_moe.distributed import in_place
+
+    with tiny_run([]):
+        return buffers.dist_reduce_scatter_func is in_place._reduce
+
+
+def test_training_sends_in_place() -> None:
+    assert run_ranks(sent_in_training, 1) == [True]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

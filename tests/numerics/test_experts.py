@@ -51,10 +51,10 @@ def gradients(experts: torch.nn.Module, counts: list[int], dtype: torch.dtype) -
     """Output, and gradients of tokens, gate values and weights."""
     generator = torch.Generator().manual_seed(1)
     hidden = experts.config.hidden_size
-    tokens = torch.randn(sum(counts), hidden, generator=generator).to(dtype).requires_grad_()
+    tokens = torch.randn(sum(counts), hidden, generator=generator).bfloat16().to(dtype).requires_grad_()
     probs = torch.rand(sum(counts), generator=generator).requires_grad_()
     output, _ = experts(tokens, torch.tensor(counts), probs)
-    output.backward(torch.randn(sum(counts), hidden, generator=generator).to(dtype))
+    output.backward(torch.randn(sum(counts), hidden, generator=generator).bfloat16().to(dtype))
     found = {"output": output.detach(), "tokens": tokens.grad, "probs": probs.grad}
     if hasattr(experts, "weight1"):
         return {**found, "weight1": experts.weight1.grad, "weight2": experts.weight2.grad}
@@ -84,29 +84,34 @@ def test_equal_in_fp32(counts: list[int]) -> None:
 
 def test_equal_in_bf16() -> None:
     (pairs,) = run_ranks(compare, 1, ["precision=bf16"], COUNTS["one fuller"], torch.bfloat16)
-    assert_close(pairs, 1e-2)  # a rounding to bf16 is up to 4e-3
+    assert_close(pairs, 1e-3)  # rounded at the same places: each rounding is up to 4e-3
 
 
-def with_main_grad(precision: str) -> tuple[torch.Tensor, ...]:
-    """The gradient, and what of two passes is in the sum that began with ones."""
+def with_main_grad(precision: str, of_main_grad: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+    """Of both weights the gradient, and what two passes have added to ones."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     counts = COUNTS["one fuller"]
     for ours, _ in both([f"precision={precision}"]):
-        expected = gradients(ours, counts, dtype)["weight1"].clone()
-        ours.weight1.main_grad, ours.weight2.main_grad = (
-            torch.ones_like(weight, dtype=torch.float32) for weight in (ours.weight1, ours.weight2)
-        )
+        weights = [ours.weight1, ours.weight2]
+        gradients(ours, counts, dtype)
+        expected = [weight.grad.float().clone() for weight in weights]
+        for weight in weights:
+            weight.main_grad = torch.ones_like(weight, dtype=of_main_grad)
         for _ in range(2):
             gradients(ours, counts, dtype)
-        assert ours.weight1.grad_added_to_main_grad
-        return expected.float(), (ours.weight1.main_grad - 1) / 2
+        assert all(weight.grad_added_to_main_grad for weight in weights)
+        return [(one, (w.main_grad.float() - 1) / 2) for one, w in zip(expected, weights, strict=True)]
     raise AssertionError
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 1e-2)])
-def test_adds_to_main_grad(precision: str, tolerance: float) -> None:
-    ((expected, found),) = run_ranks(with_main_grad, 1, precision)
-    assert (found - expected).norm() < tolerance * expected.norm()
+@pytest.mark.parametrize(
+    ("precision", "of_main_grad", "tolerance"),
+    [("fp32", torch.float32, 1e-6), ("bf16", torch.float32, 1e-2), ("bf16", torch.bfloat16, 1e-2)],
+)
+def test_adds_to_main_grad(precision: str, of_main_grad: torch.dtype, tolerance: float) -> None:
+    (pairs,) = run_ranks(with_main_grad, 1, precision, of_main_grad)
+    for expected, found in pairs:
+        assert (found - expected).norm() < tolerance * expected.norm()
 
 
 def places(overrides: list[str], world_size: int) -> tuple[list[tuple], ...]:

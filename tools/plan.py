@@ -4,6 +4,7 @@ python tools/plan.py [GROUP=CHOICE] [OPTION=VALUE] ... [cluster=CHOICE] [cluster
 
 The options are those of pretrain.py, and `cluster` (conf/cluster). With model=NAME but no experiment the recipe
 experiment=NAME is planned, where there is one. --search tries layouts; of these, the options that are given stay.
+--calibrate fits a cluster to runs.
 """
 
 from __future__ import annotations

@@ -50,15 +50,17 @@ def test_every_pair_of_layouts(source: str, target: str, saved, record_property)
 
 def save_without(folder: str, kind: str, name: str) -> None:
     """On each rank: a checkpoint in which a tensor of the model or of the optimizer has another name."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+
     from megatron_moe.checkpoint import checkpointer
     from megatron_moe.checkpoint.checkpointer import Checkpointer
-    from megatron_moe.model.build import sharded_tensors
 
     whole = Checkpointer.sharded_state_dict
 
     def renamed(self: Checkpointer, **options: Any) -> dict[str, Any]:
         state = whole(self, **options)
-        changed = [t for t in sharded_tensors(state[kind]) if name in t.key]
+        changed = [t for t in nested_values(state[kind]) if isinstance(t, ShardedBase) and name in t.key]
         assert changed, name
         for tensor in changed:
             tensor.key = f"{tensor.key}.renamed"

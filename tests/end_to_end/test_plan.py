@@ -105,7 +105,7 @@ def test_this_machine_is_measured(tmp_path: Path) -> None:
         (["model=deepseekmoe_145b", "cluster.num_gpus=100"], "cluster.num_gpus=100: must be a multiple of"),
         (
             ["model=deepseekmoe_145b", "cluster.num_gpus=96"],
-            "must divide the 6 ranks of a pipeline stage; possible: 1, 2",
+            "must divide the 6 ranks of a pipeline stage, of 96 in all; possible: 1, 2",
         ),
         ([*ASKED, "train.global_batch_size=100"], "must be a multiple of 64"),
         (["--config-dir", "nowhere", "model=deepseekmoe_145b"], "--config-dir nowhere: no such folder"),

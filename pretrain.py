@@ -144,14 +144,14 @@ def make_run_folder(config: Config) -> None:
 def train_in_workers(config: Config, world_size: int, restarts: int) -> int:
     """Start the ranks here, again after a failure if asked for; returns the exit code."""
     command = [sys.executable, __file__, *job_arguments()]
-
-    known = [0]
+    newest = 0
 
     def newest_step() -> int:
+        nonlocal newest
         with contextlib.suppress(OSError):  # a file system that does not answer for a moment
             saved = saved_steps(Path(config.run.dir) / "checkpoints")
-            known.append(step_of(saved[-1]) if saved else 0)
-        return known[-1]
+            newest = step_of(saved[-1]) if saved else 0
+        return newest
 
     if restarts:
         code = launch.run_workers_again(command, world_size, restarts=restarts, newest_step=newest_step)

@@ -40,12 +40,12 @@ def ranks_per_node(parallel: ParallelConfig, environment: Mapping[str, str]) -> 
 
 
 def refuse_options_of_sbatch(arguments: Sequence[str]) -> None:
-    """What pretrain.py would take for a flag of its own, or not understand.
+    """What pretrain.py would take for a flag of its own (`-p`), or not understand.
 
     Raises:
         ConfigError: there is one.
     """
-    known = ("--config-dir", "--cfg", "--resolve", "--help", "--multirun", pretrain.AUTO_RESTART)  # some refused later
+    known = ("--config-dir", "--cfg", "--resolve", "--help", "--multirun", pretrain.AUTO_RESTART)
     wrong = [word for word in arguments if word.startswith("-") and not word.startswith(known)]
     if wrong:
         raise ConfigError(f"{wrong[0]}: options of sbatch go before the script's name; after it, overrides")

@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe.checkpoint.run_folder import plain
+from megatron_moe.config.cluster import PlanConfig
 from megatron_moe.config.derived import num_chunks, required_world_size
 from megatron_moe.config.errors import ConfigError, exit_code_of
 from megatron_moe.config.load import CONF_DIR, compose_plan
-from megatron_moe.config.schema import ParallelConfig, PlanConfig
+from megatron_moe.config.schema import ParallelConfig
 from megatron_moe.plan.estimate import FORMULAS, Plan, checked, estimate, not_estimated
 from megatron_moe.plan.hardware import measured, of_a_rank
 from megatron_moe.plan.pipeline import layers_per_chunk

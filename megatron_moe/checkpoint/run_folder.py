@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
+from megatron_moe.config.cluster import ClusterConfig
 from megatron_moe.config.errors import ConfigError, unreadable
 from megatron_moe.config.load import from_plain
-from megatron_moe.config.schema import ClusterConfig, Config, ModelConfig, RecomputeConfig
+from megatron_moe.config.schema import Config, ModelConfig, RecomputeConfig
 
 PARTIAL = ".partial"  # being written
 REMOVED = ".removed"  # being removed

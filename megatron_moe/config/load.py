@@ -18,9 +18,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_moe.config.cluster import PlanConfig
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.instantiation import leaves, refuse_instantiation
-from megatron_moe.config.schema import Config, PlanConfig
+from megatron_moe.config.schema import Config, RecomputeConfig
 from megatron_moe.config.validate import validate
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
@@ -85,6 +86,12 @@ def compose_plan(overrides: Sequence[str]) -> PlanConfig:
         ConfigError: with one line for each override that is wrong.
     """
     return _composed(overrides, PlanConfig)
+
+
+def recompute_choice(name: str) -> RecomputeConfig:
+    """A file of `conf/recompute`."""
+    schema = OmegaConf.structured(RecomputeConfig)
+    return OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(CONF_DIR / "recompute" / f"{name}.yaml")))
 
 
 def _composed(overrides: Sequence[str], schema: type[T]) -> T:

@@ -6,7 +6,7 @@ is built; and what it would silently compute wrongly. What depends on the machin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 
 from megatron_moe.config.derived import expert_tensor_parallel_size, num_chunks
@@ -153,19 +153,14 @@ def _dispatcher(config: Config) -> Iterator[str]:
 
 
 def _fusions(config: Config) -> Iterator[str]:
-    for name in ("moe_permute_fusion", "moe_router_fusion", "apply_rope_fusion", "cross_entropy_loss_fusion"):
+    for name in WHY_NOT_FUSED:
         if getattr(config.kernels, name) and (reason := why_not_fused(config, name)):
             yield f"kernels.{name}=True: {reason}; null or False"
 
 
 def why_not_fused(config: Config, name: str) -> str | None:
     """Why a configuration cannot have a fusion of `KernelsConfig`; None: it can."""
-    return {
-        "moe_permute_fusion": _why_no_permute_fusion,
-        "moe_router_fusion": _why_no_router_fusion,
-        "apply_rope_fusion": _why_no_rope_fusion,
-        "cross_entropy_loss_fusion": _why_no_cross_entropy_fusion,
-    }.get(name, lambda _: None)(config)
+    return WHY_NOT_FUSED[name](config) if name in WHY_NOT_FUSED else None
 
 
 def _why_no_permute_fusion(config: Config) -> str | None:
@@ -194,6 +189,14 @@ def _why_no_rope_fusion(config: Config) -> str | None:
 
 def _why_no_cross_entropy_fusion(config: Config) -> str | None:
     return "its kernel sums in any order, not with train.deterministic=True" if config.train.deterministic else None
+
+
+WHY_NOT_FUSED: dict[str, Callable[[Config], str | None]] = {
+    "moe_permute_fusion": _why_no_permute_fusion,
+    "moe_router_fusion": _why_no_router_fusion,
+    "apply_rope_fusion": _why_no_rope_fusion,
+    "cross_entropy_loss_fusion": _why_no_cross_entropy_fusion,
+}
 
 
 def _overlap(config: Config) -> Iterator[str]:

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_moe.config.derived import expert_tensor_parallel_size
 from megatron_moe.config.errors import ConfigError, Preempted
@@ -95,6 +94,8 @@ def one_of_many(parallel: ParallelConfig, rank: int, world_size: int) -> Iterato
     Yields:
         The context; what is built within takes no memory.
     """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     cpu.install()
     without_te.install()
     _make_own_groups_only()

@@ -49,7 +49,7 @@ def build_model(
             mcore_config,
             ddp_config,
             chunk,
-            disable_bucketing=number > 0,  # of a later chunk nothing waits for the last gradients
+            disable_bucketing=number > 0,  # sent while other chunks compute anyway, as in Megatron-LM
             pg_collection=pg_collection,
         )
         for number, chunk in enumerate(chunks)

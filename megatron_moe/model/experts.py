@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import Parameter
 
-ROWS = 16  # an expert's rows are padded to a multiple of it: oneDNN compiles each shape once, and remembers some
-CALL = 64  # rows that take as long as what else a product of a single expert costs
+ALIGNMENT = 16  # of an expert's rows, by padding: oneDNN compiles each shape once, and remembers some
+ROWS_OF_A_CALL = 64  # rows that take as long as what else a product of a single expert costs
 
 
 class GroupedExperts(MegatronModule):
@@ -150,14 +150,14 @@ class Rows:
 def _batched_rows(counts: Tensor) -> int:
     """Rows of each expert in the batched product that make for the least work."""
     fullest = _rounded(int(counts.max()))
-    choices = torch.arange(0, fullest + 1, ROWS)
+    choices = torch.arange(0, fullest + 1, ALIGNMENT)
     beyond = (counts - choices[:, None]).clamp_min(0)
-    work = len(counts) * choices + (beyond + CALL * (beyond > 0)).sum(1)
+    work = len(counts) * choices + (beyond + ROWS_OF_A_CALL * (beyond > 0)).sum(1)
     return int(choices[work.argmin()])
 
 
 def _rounded(rows: int) -> int:
-    return -(-rows // ROWS) * ROWS
+    return -(-rows // ALIGNMENT) * ALIGNMENT
 
 
 class _Experts(torch.autograd.Function):

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_moe.config.schema import ClusterConfig, Config, PlanConfig
+from megatron_moe.config.cluster import ClusterConfig, PlanConfig
+from megatron_moe.config.schema import Config
 from megatron_moe.plan.hardware import of_a_rank
 from megatron_moe.plan.step_time import StepModel
 

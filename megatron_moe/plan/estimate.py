@@ -9,17 +9,10 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
+from megatron_moe.config.cluster import ClusterConfig, PlanConfig
 from megatron_moe.config.derived import num_chunks, samples_before
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.schema import (
-    Attention,
-    ClusterConfig,
-    DataConfig,
-    DataKind,
-    KernelsConfig,
-    OverlapConfig,
-    PlanConfig,
-)
+from megatron_moe.config.schema import Attention, DataConfig, DataKind, KernelsConfig, OverlapConfig
 from megatron_moe.config.validate import validate
 from megatron_moe.plan.flops import model_flops_per_token, paper_flops_per_token
 from megatron_moe.plan.memory import StageMemory, memory_by_stage
@@ -173,7 +166,7 @@ def estimate(config: PlanConfig) -> Plan:
         traffic=_traffic(times),
         busy=_busy(times, slowest),
         bubble=bubble(timeline)[slowest],
-        zero_bubble=bubble(times.timeline(zero_bubble=True))[slowest] if has_zero_bubble else None,
+        zero_bubble=bubble(times.timeline(split_backward=True))[slowest] if has_zero_bubble else None,
         step=step,
         timeline=timeline,
         tokens=samples_before(config, config.train.train_steps) * length,

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 from omegaconf import OmegaConf
 
+from megatron_moe.config.cluster import ClusterConfig
 from megatron_moe.config.load import CONF_DIR
-from megatron_moe.config.schema import ClusterConfig
 
 MATRIX = 1536  # rows and columns of the product that is measured, in fp32
 COPIED = 2**27  # bytes that are copied, more than caches hold

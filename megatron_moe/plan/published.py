@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_moe.config.cluster import ClusterConfig, PlanConfig
 from megatron_moe.config.load import compose_plan
 from megatron_moe.config.schema import (
     Attention,
-    ClusterConfig,
     DataConfig,
     Dtype,
     ModelConfig,
     ParallelConfig,
-    PlanConfig,
     PrecisionConfig,
     TrainConfig,
 )

@@ -10,17 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from megatron_moe.config.cluster import PlanConfig
 from megatron_moe.config.derived import num_chunks
 from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.load import recompute_choice
 from megatron_moe.config.model_rules import model_problems
 from megatron_moe.config.rules import wrong_signs
-from megatron_moe.config.schema import (
-    PlanConfig,
-    RecomputeConfig,
-    RecomputeGranularity,
-    RecomputeMethod,
-    RecomputeModule,
-)
+from megatron_moe.config.schema import RecomputeConfig
 from megatron_moe.config.validate import validate
 from megatron_moe.plan.estimate import memory_limit
 from megatron_moe.plan.memory import memory_by_stage
@@ -34,14 +30,8 @@ MICRO_BATCHES = [1, 2, 4, 8]
 VIRTUAL = [1, 2, 4]
 PLACED = 20  # of the fastest, whose layers are also placed by time
 WORTHWHILE = 1.02  # times as fast: what a layout by hand must bring
-# As in conf/recompute; each is slower and needs less memory than the one before.
-RECOMPUTE = {
-    "none": RecomputeConfig(),
-    "selective": RecomputeConfig(
-        granularity=RecomputeGranularity.selective, modules=[RecomputeModule.mlp, RecomputeModule.moe]
-    ),
-    "full": RecomputeConfig(granularity=RecomputeGranularity.full, method=RecomputeMethod.uniform, num_layers=1),
-}
+# Each is slower and needs less memory than the one before.
+RECOMPUTE = {name: recompute_choice(name) for name in ("none", "selective", "full")}
 DOES_NOT_FIT = "does not fit, with what may be recomputed neither"
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from megatron_moe.config.schema import PlanConfig
+from megatron_moe.config.cluster import PlanConfig
 from megatron_moe.plan.flops import ForwardFlops, forward_flops
 from megatron_moe.plan.memory import most_micro_batches, optimizer_share, state_bytes, tokens_of_rank
 from megatron_moe.plan.params import rank_params
 from megatron_moe.plan.pipeline import Layers, chunks_by_stage
 from megatron_moe.plan.recompute import NOTHING, Again, computed_again, flops_of_parts
-from megatron_moe.plan.schedule import Kind, Pass, Timeline, one_forward_one_backward, simulate
-from megatron_moe.plan.schedule import zero_bubble as zero_bubble_order
+from megatron_moe.plan.schedule import Kind, Pass, Timeline, one_forward_one_backward, simulate, zero_bubble
 from megatron_moe.plan.traffic import (
     Groups,
     PassTraffic,
@@ -171,23 +170,26 @@ class StepModel:
         rounds = [(sum(stages[stage:]) + transfers[stage]) / (self.stages - stage) for stage in range(self.stages)]
         return sum(stages) + transfers[0] + (self.micro_batches - 1) * max(*stages, *rounds)
 
-    def timeline(self, *, zero_bubble: bool = False) -> Timeline:
-        """Of all passes, simulated; with `zero_bubble`, half of what a backward pass computes is a pass of its own.
+    def timeline(self, *, split_backward: bool = False) -> Timeline:
+        """Of all passes, simulated.
+
+        Args:
+            split_backward: half of what a backward pass computes, for the weights, is a pass of its own: zero-bubble.
 
         Raises:
             ValueError: zero-bubble with several virtual stages.
         """
-        if zero_bubble and self.virtual > 1:
+        if split_backward and self.virtual > 1:
             raise ValueError("the zero-bubble schedule has one virtual stage")
 
         def duration(stage: int, task: Pass) -> float:
             time = self.pass_time(self.chunks[stage][task.chunk], backward=task.kind is not Kind.forward)
-            if not zero_bubble or task.kind is Kind.forward:
+            if not split_backward or task.kind is Kind.forward:
                 return time.total
             return time.compute / 2 if task.kind is Kind.weight else time.total - time.compute / 2
 
-        if zero_bubble:
-            orders = zero_bubble_order(self.stages, self.micro_batches)
+        if split_backward:
+            orders = zero_bubble(self.stages, self.micro_batches)
         else:
             orders = one_forward_one_backward(self.stages, self.virtual, self.micro_batches)
         return simulate(orders, duration, transfer_s=self.transfer_s())

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_moe.config.cluster import ClusterConfig
 from megatron_moe.config.derived import data_parallel_size, expert_tensor_parallel_size
-from megatron_moe.config.schema import ClusterConfig, Config, Dtype, ModelConfig
+from megatron_moe.config.schema import Config, Dtype, ModelConfig
 from megatron_moe.plan.attention import attention_size
 from megatron_moe.plan.memory import state_bytes, tokens_of_rank
 from megatron_moe.plan.params import RankParams

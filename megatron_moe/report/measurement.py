@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from megatron_moe.config.cluster import ClusterConfig
 from megatron_moe.config.errors import ConfigError
-from megatron_moe.config.schema import ClusterConfig
 from megatron_moe.plan.calibration import Measurement
 from megatron_moe.report.runs import RunRecord, read_runs
 
@@ -27,29 +28,18 @@ def measurements(folders: list[Path], cluster: ClusterConfig) -> list[Measuremen
     return [_measurement(run) for run in runs]
 
 
-def _problems(folder: Path, run: RunRecord, cluster: ClusterConfig) -> list[str]:
+def _problems(folder: Path, run: RunRecord, cluster: ClusterConfig) -> Iterator[str]:
     logged = min(len(_values(run, name)) for name in PARTS)
     dtype = run.config.precision.dtype
-    return [
-        *(
-            [f"--calibrate {folder}: its routing was forced, which takes another time than routing that is learned"]
-            if run.config.model.forced_routing is not None
-            else []
-        ),
-        *(
-            [f"--calibrate {folder}: has logged its speed {logged} times; 2 are needed (logger.log_interval=1)"]
-            if logged < 2
-            else []
-        ),
-        *(
-            [
-                f"--calibrate {folder}: ran in {dtype.value}, and the rates of cluster={cluster.name} are of "
-                f"{cluster.dtype.value}; choose another cluster, such as cluster=cpu"
-            ]
-            if dtype is not cluster.dtype
-            else []
-        ),
-    ]
+    if run.config.model.forced_routing is not None:
+        yield f"--calibrate {folder}: its routing was forced, which takes another time than routing that is learned"
+    if logged < 2:
+        yield f"--calibrate {folder}: has logged its speed {logged} times; 2 are needed (logger.log_interval=1)"
+    if dtype is not cluster.dtype:
+        yield (
+            f"--calibrate {folder}: ran in {dtype.value}, and the rates of cluster={cluster.name} are of "
+            f"{cluster.dtype.value}; choose another cluster, such as cluster=cpu"
+        )
 
 
 def _values(run: RunRecord, name: str) -> np.ndarray:

@@ -109,7 +109,7 @@ const layerAxis = (layers) => ({ title: { text: "layer" }, autorange: "reversed"
 
 function drawViolations(chart) {
   const { plot } = card("routing", `Violation by layer${ofRun(chart.run)}`, "largest expert load over the mean, minus 1");
-  const zmax = Math.max(...data.violations.flatMap((each) => each.values.map((row) => Math.max(...row))));
+  const zmax = Math.max(...data.violations.flatMap((each) => each.values.map((row) => Math.max(...row)))) || 1;
   drawings.push(() => draw(
     plot,
     [{ type: "heatmap", x: chart.steps, y: chart.layers, z: chart.values, zmin: 0, zmax,

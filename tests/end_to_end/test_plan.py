@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.config.cluster import ClusterConfig
 from megatron_moe.config.load import CONF_DIR, compose_config, compose_plan
-from megatron_moe.config.schema import ClusterConfig
 from megatron_moe.plan.estimate import checked
 from tests.helpers.cli import run_cli
 

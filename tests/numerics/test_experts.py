@@ -140,12 +140,12 @@ def test_same_checkpoint(layout: str, ranks: int) -> None:
 
 @given(counts=st.lists(st.integers(0, 200), min_size=1, max_size=8))
 def test_rows(counts: list[int]) -> None:
-    from megatron_moe.model.experts import ROWS, Rows
+    from megatron_moe.model.experts import ALIGNMENT, Rows
 
     rows = Rows.of(torch.tensor(counts), torch.device("cpu"))
     assert rows.source[rows.place].tolist() == list(range(sum(counts)))
     assert rows.is_token.sum() == sum(counts)
-    assert all(shape[-1] % ROWS == 0 for _, _, shape in rows.parts())
+    assert all(shape[-1] % ALIGNMENT == 0 for _, _, shape in rows.parts())
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     for expert, part, shape in rows.parts():
         of = torch.arange(len(counts))[expert].reshape(-1, 1).expand(-1, shape[-1]).flatten()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.config.cluster import ClusterConfig, PlanConfig
 from megatron_moe.config.derived import required_world_size
 from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.load import compose_config, compose_plan
-from megatron_moe.config.schema import ClusterConfig, PlanConfig
 from megatron_moe.plan.calibration import Measurement, calibrated, predicted
 from megatron_moe.plan.hardware import of_a_rank
 from megatron_moe.plan.step_time import StepModel

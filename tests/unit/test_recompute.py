@@ -5,13 +5,13 @@ import functools
 
 import pytest
 
+from megatron_moe.config.cluster import PlanConfig
 from megatron_moe.config.load import CONF_DIR, compose_config, compose_plan
 from megatron_moe.config.schema import (
     Dispatcher,
     Fp8,
     KernelsConfig,
     OverlapConfig,
-    PlanConfig,
     RecomputeConfig,
     RecomputeGranularity,
     RecomputeMethod,
@@ -197,7 +197,7 @@ def test_zero_bubble_delays_no_recomputation() -> None:
     config = plan_of(full())
     config.train = dataclasses.replace(config.train, global_batch_size=256)
     model = StepModel(config, 512)
-    slots = {slot.task.kind.value: slot.stop - slot.start for slot in model.timeline(zero_bubble=True)[1]}
+    slots = {slot.task.kind.value: slot.stop - slot.start for slot in model.timeline(split_backward=True)[1]}
     time = model.pass_time(model.chunks[1][0], backward=True)
     assert slots["weight"] == pytest.approx(time.compute / 2)
     assert slots["backward"] == pytest.approx(time.total - time.compute / 2)

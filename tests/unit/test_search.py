@@ -5,14 +5,9 @@ import time
 
 import pytest
 
+from megatron_moe.config.cluster import PlanConfig
 from megatron_moe.config.load import compose_plan
-from megatron_moe.config.schema import (
-    ParallelConfig,
-    PlanConfig,
-    RecomputeConfig,
-    RecomputeGranularity,
-    RecomputeModule,
-)
+from megatron_moe.config.schema import ParallelConfig, RecomputeConfig, RecomputeGranularity, RecomputeModule
 from megatron_moe.config.validate import validate
 from megatron_moe.plan.estimate import checked, estimate, memory_limit
 from megatron_moe.plan.memory import memory_by_stage

@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_moe.config.cluster import PlanConfig
 from megatron_moe.config.load import compose_plan
-from megatron_moe.config.schema import PlanConfig
 from megatron_moe.plan.estimate import checked, estimate
 from megatron_moe.plan.step_time import OPTIMIZER_BYTES, StepModel
 

@@ -16,21 +16,23 @@ CONTENDER = "ours"  # beside which the others are put
 WARM_UP = 2  # steps
 MATRIX = 2048  # rows and columns of the product whose rate is the yardstick
 SIZES = {
-    "nano": ["model=deepseekmoe_nano", "data.sequence_length=128", "train.micro_batch_size=8"],
-    "small": [
-        "model=deepseekmoe_nano model.num_layers=6 model.num_dense_layers=0 model.hidden_size=512",
-        "model.num_attention_heads=8 model.kv_channels=64 model.expert_ffn_hidden_size=176",
-        "data.sequence_length=512 train.micro_batch_size=4",
-    ],
-    "slice_2b": [
-        "model=deepseekmoe_2b model.num_layers=2",
-        "data.sequence_length=512 train.micro_batch_size=4",
-    ],
-    "slice_16b": [
-        "model=deepseekmoe_16b model.num_layers=2 model.num_dense_layers=0 model.vocab_size=8192",
-        "data.sequence_length=512 train.micro_batch_size=4",
-    ],
+    "nano": "model=deepseekmoe_nano data.sequence_length=128 train.micro_batch_size=8",
+    "small": (
+        "model=deepseekmoe_nano model.num_layers=6 model.num_dense_layers=0 model.hidden_size=512 "
+        "model.num_attention_heads=8 model.kv_channels=64 model.expert_ffn_hidden_size=176 "
+        "data.sequence_length=512 train.micro_batch_size=4"
+    ),
+    "slice_2b": "model=deepseekmoe_2b model.num_layers=2 data.sequence_length=512 train.micro_batch_size=4",
+    "slice_16b": (
+        "model=deepseekmoe_16b model.num_layers=2 model.num_dense_layers=0 model.vocab_size=8192 "
+        "data.sequence_length=512 train.micro_batch_size=4"
+    ),
 }
+# Without device-level balance, which transformers does not have, and with a batch of one micro batch.
+ALIKE = (
+    "data=mock run.dir=without_a_run model.device_balance_factor=0 model.num_device_groups=null "
+    "train.global_batch_size=${train.micro_batch_size}"
+)
 
 
 def measure(contender: str, size: str, precision: str, steps: int) -> dict[str, float]:
@@ -43,10 +45,7 @@ def measure(contender: str, size: str, precision: str, steps: int) -> dict[str, 
     from megatron_moe.config.load import compose_config
     from megatron_moe.plan.flops import model_flops_per_token
 
-    config = compose_config(
-        [*" ".join(SIZES[size]).split(), f"precision={precision}", "data=mock", "run.dir=without_a_run", *ALONE]
-    )
-    config.train.global_batch_size = config.train.micro_batch_size
+    config = compose_config([*SIZES[size].split(), f"precision={precision}", *ALIKE.split()])
     with CONTENDERS[contender](config) as step:
         seconds = [timed(step) for _ in range(WARM_UP + steps)][WARM_UP:]
     return {
@@ -58,9 +57,6 @@ def measure(contender: str, size: str, precision: str, steps: int) -> dict[str, 
         "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "product_flops": product_rate(precision),
     }
-
-
-ALONE = ["model.device_balance_factor=0", "model.num_device_groups=null"]
 
 
 def timed(step: Step) -> float:
@@ -119,8 +115,7 @@ def plain_megatron_core(config: Any) -> Iterator[Step]:
             (fused_softmax, "get_default_causal_mask", functools.cache(causal_mask)),  # theirs is on a GPU
         ):
             stack.enter_context(mock.patch.object(target, name, value))
-        step = stack.enter_context(ours(config))
-        yield step
+        yield stack.enter_context(ours(config))
 
 
 def transformers_with(experts: str, *, compiled: bool = False) -> Callable[[Any], Any]:
@@ -182,7 +177,6 @@ CONTENDERS: dict[str, Callable[[Any], Any]] = {
     "megatron-core": plain_megatron_core,
     "transformers, eager": transformers_with("eager"),
     "transformers, grouped_mm": transformers_with("grouped_mm"),
-    "transformers, batched_mm": transformers_with("batched_mm"),
     "transformers, eager, compiled": transformers_with("eager", compiled=True),
     "transformers, grouped_mm, compiled": transformers_with("grouped_mm", compiled=True),
 }

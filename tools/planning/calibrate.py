@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moe.checkpoint.run_folder import plain
-from megatron_moe.config.schema import ClusterConfig
+from megatron_moe.config.cluster import ClusterConfig
 from megatron_moe.plan.calibration import Measurement, calibrated, predicted
 from megatron_moe.plan.hardware import measured
 from tools.planning.choices import new_choice

@@ -23,6 +23,7 @@ from megatron_moe.config.errors import ConfigError
 from megatron_moe.config.instantiation import leaves, refuse_instantiation
 from megatron_moe.config.schema import Config, RecomputeConfig
 from megatron_moe.config.validate import validate
+from megatron_moe.precision import fastest_dtype
 
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 PRIMARY = {Config: "pretrain", PlanConfig: "plan"}  # files of conf, by what they are composed to
@@ -33,6 +34,7 @@ T = TypeVar("T", bound=Config)
 def register_schema(schema: type[Config] = Config) -> None:
     """Make the typed schema known to Hydra as `schema`, and let it compose values only."""
     refuse_instantiation()
+    OmegaConf.register_new_resolver("fastest_dtype", fastest_dtype, replace=True)
     ConfigStore.instance().store(name="schema", node=schema)
 
 

@@ -1,4 +1,4 @@
-"""What all ranks must know before a step's update, in one small reduction."""
+"""What all ranks must agree on: before the first step, and, in one small reduction, before each update."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import Dtype
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,18 @@ def agree(loss: Tensor, *, finite_gradient: bool, stop: bool, saved: bool) -> Ag
     total, num_targets = sums[:2].float()
     mean, (not_finite, to_stop, unsaved) = (total / num_targets).item(), sums[2:].tolist()
     return Agreement(loss=mean, finite=not not_finite and math.isfinite(mean), stop=to_stop > 0, saved=unsaved == 0)
+
+
+def check_same_dtype(dtype: Dtype) -> None:
+    """Whether `precision=auto` chose the same type on all ranks.
+
+    Raises:
+        ConfigError: on all of them: it did not.
+    """
+    everywhere: list[Dtype] = [dtype] * dist.get_world_size()
+    dist.all_gather_object(everywhere, dtype)
+    if other := next((rank for rank, found in enumerate(everywhere) if found is not everywhere[0]), None):
+        raise ConfigError(
+            f"precision=auto: rank 0 chose {everywhere[0].value} and rank {other} {everywhere[other].value}, as their "
+            "machines differ; choose precision=bf16 or precision=fp32 for all"
+        )

@@ -25,7 +25,7 @@ from megatron_moe.metrics.throughput import Throughput
 from megatron_moe.model.build import build_model
 from megatron_moe.optim.optimizer import build_optimizer, set_learning_rate
 from megatron_moe.optim.scheduler import learning_rate
-from megatron_moe.train.agreement import Agreement
+from megatron_moe.train.agreement import Agreement, check_same_dtype
 from megatron_moe.train.evaluate import held_out_loss
 from megatron_moe.train.guard import Guard
 from megatron_moe.train.recording import Recorder
@@ -71,8 +71,9 @@ def train(config: Config, context: DistributedContext, overrides: list[str]) -> 
         overrides: of the command line, for the record.
 
     Raises:
-        ConfigError: the data or the checkpoint do not fit the configuration.
+        ConfigError: the data or the checkpoint do not fit the configuration, or ranks compute in different types.
     """
+    check_same_dtype(config.precision.dtype)
     run = set_up(config, context)
     print_start(config, context, run.pipeline.model, run.datasets)
     from_main(lambda: write_run_files(config, overrides, context.world_size, run.datasets.tokenizer))

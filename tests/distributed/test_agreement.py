@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_moe.config.errors import ConfigError
+from megatron_moe.config.schema import Dtype
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import tiny_run
 
@@ -78,3 +80,21 @@ def asked() -> tuple[bool, bool, str | None]:
 
 def test_a_step_carries_what_ranks_ask() -> None:
     assert run_ranks(asked, 2) == [(True, False, None)] * 2
+
+
+def told_of_types(dtypes: list[Dtype]) -> str | None:
+    from megatron_moe.train.agreement import check_same_dtype
+
+    rank, rendezvous = int(os.environ["RANK"]), os.environ["MEGATRON_MOE_INIT_METHOD"]
+    dist.init_process_group("gloo", rank=rank, world_size=len(dtypes), init_method=rendezvous)
+    try:
+        check_same_dtype(dtypes[rank])
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def test_all_ranks_compute_in_one_type() -> None:
+    assert run_ranks(told_of_types, 2, [Dtype.bf16, Dtype.bf16]) == [None, None]
+    for text in run_ranks(told_of_types, 2, [Dtype.bf16, Dtype.fp32]):
+        assert "precision=auto: rank 0 chose bf16 and rank 1 fp32" in text

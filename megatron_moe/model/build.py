@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -13,9 +15,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_moe.config.schema import Attention, Config
 from megatron_moe.model.acceleration import accelerators_of, check_accelerators, data_parallel_fields
+from megatron_moe.model.cross_entropy import vocab_parallel_cross_entropy
 from megatron_moe.model.layer_spec import block_spec
 from megatron_moe.model.positions import PositionIds
 from megatron_moe.model.router import DeepSeekMoERouter, HashRouter, Router, router_builder
@@ -110,7 +114,14 @@ def _build_chunk(
     )
     if config.data.reset_position_ids:
         chunk.batch_position_ids = PositionIds(chunk)
+    if torch.get_default_device().type == "cpu":
+        chunk.compute_language_model_loss = partial(_language_model_loss, pg_collection.tp)
     return chunk
+
+
+def _language_model_loss(group: dist.ProcessGroup, labels: Tensor, logits: Tensor) -> Tensor:
+    """[b, s], of labels [b, s] and logits [s, b, vocabulary of this rank]."""
+    return vocab_parallel_cross_entropy(logits, labels.T, group).T
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
-"""Gradients and weights sent without copies, on CPUs.
+"""Gradients and weights sent, reset and clipped without copies, on CPUs.
 
 gloo copies whole buffers to scatter sums and to gather parts. megatron-core's data-parallel wrapper does both within
 one buffer (0.16.1, distributed/param_and_grad_buffer.py). There a sum on all ranks gives the same bits as a scattered
 one, and a broadcast of each part the same as gathering them; for 240 MB, two ranks and two cores the first took half as
 long and the second a seventh, and one rank has nothing to do.
+
+Gradients are clipped where they lie, and those of experts are not filled with 0 before each step: most of a model's.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
 SCATTER = param_and_grad_buffer.dist_reduce_scatter_func
@@ -21,10 +24,12 @@ COALESCED = param_and_grad_buffer._coalescing_manager
 
 
 def install() -> None:
-    """Send so from now on, but for what is sent in the background. Idempotent."""
+    """Do so from now on, but for what is sent in the background. Idempotent."""
     param_and_grad_buffer.dist_reduce_scatter_func = _reduce
     param_and_grad_buffer.dist_all_gather_func = _broadcast
     param_and_grad_buffer._coalescing_manager = _one_by_one
+    param_and_grad_buffer._ParamAndGradBuffer.reset = _reset_gradients
+    clip_grads.multi_tensor_scale_impl = _scale
 
 
 def _reduce(part: Tensor, whole: Tensor, *, op: Any, group: dist.ProcessGroup, async_op: bool) -> Any:
@@ -48,6 +53,21 @@ def _broadcast(whole: Tensor, part: Tensor, *, group: dist.ProcessGroup, async_o
 def _one_by_one(group: dist.ProcessGroup, async_ops: bool = False, **options: Any) -> Any:
     """Not collected to be sent together, for which gloo would copy them into one buffer."""
     return COALESCED(group, async_ops=async_ops, **options) if async_ops else contextlib.nullcontext()
+
+
+def _reset_gradients(buffer: param_and_grad_buffer._ParamAndGradBuffer) -> None:
+    """To 0, but for those that model/experts.py overwrites, which are marked."""
+    for param in buffer.params:
+        if hasattr(param, "main_grad_is_stale"):
+            param.main_grad_is_stale = True
+        else:
+            param.main_grad.zero_()
+
+
+def _scale(_size: int, _overflow: Tensor, gradients: tuple[list[Tensor], list[Tensor]], factor: float) -> None:
+    """What is clipped, which comes as source and as destination."""
+    for gradient in gradients[0]:
+        gradient.mul_(factor)
 
 
 def _is_within(part: Tensor, whole: Tensor) -> bool:

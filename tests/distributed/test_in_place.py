@@ -1,6 +1,7 @@
-"""Sums and parts sent in place are those that gloo sends with copies."""
+"""Gradients sent, reset and clipped in place are what they are with copies."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -53,3 +54,31 @@ def test_same_bits(ranks: int) -> None:
         assert torch.equal(part, our_part)
         assert torch.equal(whole, our_whole)
         assert torch.equal(whole, results[0][1])
+
+
+def of_a_second_step(theirs: bool) -> dict[str, Any]:
+    """The gradients of a step after one whose gradients are not numbers, clipped."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_scale
+
+    from megatron_moe.train.step import train_step
+
+    reset, stale = _ParamAndGradBuffer.reset, []
+    with tiny_run(["run.dir=without_checkpoints", "optimizer.clip_grad=0.01"]) as (run, batches, num_micro_batches):
+        if theirs:
+            _ParamAndGradBuffer.reset, clip_grads.multi_tensor_scale_impl = reset, local_multi_tensor_scale
+        named = list(run.pipeline.model[0].named_parameters())
+        for _, parameter in named:
+            parameter.main_grad.fill_(torch.nan)
+            stale += [parameter] if hasattr(parameter, "main_grad_is_stale") else []
+        result = train_step(run.pipeline, run.optimizer, batches, num_micro_batches)
+        assert len(stale) == 6  # two for each layer with experts
+        return {name: parameter.main_grad.clone() for name, parameter in named} | {"norm": result.grad_norm}
+
+
+def test_reset_and_clipped_in_place() -> None:
+    (ours,), (theirs,) = (run_ranks(of_a_second_step, 1, theirs) for theirs in (False, True))
+    assert ours.pop("norm") == theirs.pop("norm") > 0.01
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-6, atol=1e-9, msg=name)

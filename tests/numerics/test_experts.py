@@ -2,6 +2,7 @@
 
 import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -139,14 +140,64 @@ def test_same_checkpoint(layout: str, ranks: int) -> None:
 
 
 @given(counts=st.lists(st.integers(0, 200), min_size=1, max_size=8))
-def test_rows(counts: list[int]) -> None:
-    from megatron_moe.model.experts import ALIGNMENT, Rows
+def test_places_of_padded_rows(counts: list[int]) -> None:
+    from megatron_moe.model.expert_products import GRID, PaddedProducts
 
-    rows = Rows.of(torch.tensor(counts), torch.device("cpu"))
-    assert rows.source[rows.place].tolist() == list(range(sum(counts)))
-    assert rows.is_token.sum() == sum(counts)
-    assert all(shape[-1] % ALIGNMENT == 0 for _, _, shape in rows.parts())
+    if not sum(counts):
+        return
+    padding = PaddedProducts(torch.tensor(counts), torch.device("cpu"))
+    assert padding.source[padding.place].tolist() == list(range(sum(counts)))
+    assert padding.is_token.sum() == sum(counts)
+    assert padding.parts[0][0] == slice(None)  # of all experts, so that nothing stale stays
+    assert all(shape[-1] in GRID for _, _, shape in padding.parts)
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    for expert, part, shape in rows.parts():
+    for expert, part, shape in padding.parts:
         of = torch.arange(len(counts))[expert].reshape(-1, 1).expand(-1, shape[-1]).flatten()
-        assert (owner[rows.source[part]] == of)[rows.is_token[part]].all()
+        assert (owner[padding.source[part]] == of)[padding.is_token[part]].all()
+
+
+def products(kind: str, counts: list[int]) -> Any:
+    from megatron_moe.model import expert_products
+
+    of_kind = getattr(expert_products, kind)
+    on_device = (torch.device("cpu"),) if kind == "PaddedProducts" else ()
+    return of_kind(torch.tensor(counts), *on_device)
+
+
+@pytest.mark.parametrize("of_total", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[3, 0, 300, 5], [8, 8, 8, 8], [0, 0, 0, 1]], ids=str)
+@pytest.mark.parametrize("kind", ["SingleProducts", "GroupedProducts", "PaddedProducts"])
+def test_products(kind: str, counts: list[int], of_total: torch.dtype) -> None:
+    """Each against a loop in fp32."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, outputs = (torch.randn(sum(counts), n, generator=generator).bfloat16() for n in (16, 24))
+    matrices = torch.randn(4, 24, 16, generator=generator).bfloat16()
+    padding = products(kind, counts)
+    found = padding.unpad(padding.multiply(padding.pad(inputs), matrices.mT))
+    rows = [part.split(counts) for part in (inputs.float(), outputs.float())]
+    expected = torch.cat([part @ matrix.float().T for part, matrix in zip(rows[0], matrices, strict=True)])
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+
+    outer = torch.stack([out.T @ part for part, out in zip(*rows, strict=True)])
+    total = torch.full((4, 24, 16), torch.nan, dtype=of_total)
+    padded = padding.pad(outputs) * (padding.is_token[:, None] if kind == "PaddedProducts" else 1)
+    for times, is_stale in ((1, True), (2, False)):
+        padding.add_weight_gradient(total, padded, padding.pad(inputs), is_stale=is_stale)
+        torch.testing.assert_close(total.float(), times * outer, rtol=2e-2, atol=0.2)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kind"),
+    [
+        ("cpu", torch.float32, "SingleProducts"),
+        ("cpu", torch.bfloat16, "PaddedProducts"),
+        ("cuda", torch.float32, "SingleProducts"),
+        ("cuda", torch.bfloat16, "GroupedProducts"),
+    ],
+)
+def test_which_products(device: str, dtype: torch.dtype, kind: str) -> None:
+    from megatron_moe.model.expert_products import products_of
+
+    tokens = mock.MagicMock(is_cuda=device == "cuda", device=torch.device("cpu"), dtype=dtype)
+    tokens.__len__.return_value = 5
+    assert type(products_of(torch.tensor([2, 3]), tokens)).__name__ == kind

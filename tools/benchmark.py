@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,15 @@ def benchmark_train(args: argparse.Namespace) -> list[Result]:
     quiet()
     results = []
     for size in args.sizes:
-        measured = {
-            (contender, precision): in_new_process(measure, contender, size, precision, args.steps)
-            for precision in args.precisions
-            for contender in dict.fromkeys((CONTENDER, *args.contenders))
-        }
+        measured = {}
+        for precision, contender in itertools.product(args.precisions, dict.fromkeys((CONTENDER, *args.contenders))):
+            try:
+                found = in_new_process(measure, contender, size, precision, args.steps)
+            except BrokenProcessPool:
+                said = "killed, perhaps for its memory"
+            else:
+                measured[contender, precision], said = found, f"{found['median']:.3g} s"
+            print(f"{size}, {precision}, {contender}: {said}", file=sys.stderr)
         results += compare(size, measured)
     return results
 

@@ -145,14 +145,15 @@ class SavedTensors:
         # A window has whole columns and at most one matrix of a stack, so what a chunk has of it is contiguous there.
         inside = [start - offset for start, offset in zip(starts, chunk.offsets, strict=True)]
         skipped = sum(i * math.prod(chunk.sizes[axis + 1 :]) for axis, i in enumerate(inside))
-        part = torch.empty([stop - start for start, stop in zip(starts, stops, strict=True)], dtype=out.dtype)
+        target = out[tuple(slice(a - w.start, b - w.start) for a, b, w in zip(starts, stops, window, strict=True))]
+        part = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
         path = self.folder / place.relative_path
         if place.transform_descriptors:
             raise ConfigError(f"{path}: {key}: saved with {place.transform_descriptors}, which is not read")
         start = _data_offset(path, place.offset, place.length, math.prod(chunk.sizes) * out.itemsize)
         read_into(path, start + skipped * out.itemsize, part)
-        target = (slice(a - w.start, b - w.start) for a, b, w in zip(starts, stops, window, strict=True))
-        out[tuple(target)] = part
+        if part is not target:
+            target.copy_(part)
         return part.numel()
 
 

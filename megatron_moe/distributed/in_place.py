@@ -6,13 +6,18 @@ one, and a broadcast of each part the same as gathering them; for 240 MB, two ra
 long and the second a seventh, and one rank has nothing to do.
 
 Gradients are clipped where they lie, and those of experts are not filled with 0 before each step: most of a model's.
+
+What is freed is used again: glibc gives memory above 32 MiB back to the system, and the next tensor there costs a page
+fault for every 4 KiB, 4 % of a step of a 16B layer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer import clip_grads
@@ -22,6 +27,9 @@ SCATTER = param_and_grad_buffer.dist_reduce_scatter_func
 GATHER = param_and_grad_buffer.dist_all_gather_func
 COALESCED = param_and_grad_buffer._coalescing_manager
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LARGEST = 2**31 - 1
+
 
 def install() -> None:
     """Do so from now on, but for what is sent in the background. Idempotent."""
@@ -30,6 +38,15 @@ def install() -> None:
     param_and_grad_buffer._coalescing_manager = _one_by_one
     param_and_grad_buffer._ParamAndGradBuffer.reset = _reset_gradients
     clip_grads.multi_tensor_scale_impl = _scale
+    clip_grads.l2_norm_impl = _norm
+    _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # of glibc
+        libc.mallopt(M_TRIM_THRESHOLD, LARGEST)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
 
 
 def _reduce(part: Tensor, whole: Tensor, *, op: Any, group: dist.ProcessGroup, async_op: bool) -> Any:
@@ -68,6 +85,12 @@ def _scale(_size: int, _overflow: Tensor, gradients: tuple[list[Tensor], list[Te
     """What is clipped, which comes as source and as destination."""
     for gradient in gradients[0]:
         gradient.mul_(factor)
+
+
+def _norm(_size: int, _overflow: Tensor, gradients: list[list[Tensor]], _per_tensor: bool) -> tuple[Tensor, None]:
+    """Of all gradients together, [1]. `torch.norm` is on one core, and its float32 sum of 10 M squares is 1e-3 off."""
+    squares = [gradient.float().flatten().dot(gradient.float().flatten()) for gradient in gradients[0]]
+    return torch.stack(squares).sum().sqrt()[None], None
 
 
 def _is_within(part: Tensor, whole: Tensor) -> bool:

@@ -21,6 +21,7 @@ from megatron_moe.config.schema import Attention, Config
 from megatron_moe.model.acceleration import accelerators_of, check_accelerators, data_parallel_fields
 from megatron_moe.model.cross_entropy import vocab_parallel_cross_entropy
 from megatron_moe.model.layer_spec import block_spec
+from megatron_moe.model.local_dispatcher import dispatch_locally
 from megatron_moe.model.positions import PositionIds
 from megatron_moe.model.router import DeepSeekMoERouter, HashRouter, Router, router_builder
 from megatron_moe.model.transformer_config import transformer_config
@@ -112,6 +113,7 @@ def _build_chunk(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    dispatch_locally(chunk)
     if config.data.reset_position_ids:
         chunk.batch_position_ids = PositionIds(chunk)
     if torch.get_default_device().type == "cpu":

@@ -1,164 +1,216 @@
-"""Matrix products of experts that have different numbers of tokens."""
+"""Rows of tokens for experts that have different numbers of them, and the matrix products of these rows."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+NUMBERS_AT_ONCE = 2**20  # of the rows of some experts on a CPU, so that what is between their products stays in a cache
 # Rows of a product in bf16 on a CPU: oneDNN compiles each shape once, in milliseconds, and keeps the code.
 GRID = torch.tensor([*range(0, 256, 16), *(step << power for power in range(5, 24) for step in range(8, 16))])
 ROWS_OF_A_CALL = 128  # that take as long as what else the products of a single expert cost
-NUMBERS_CONVERTED = 2**22  # of a product, before it is added to fp32
 ROWS_OF_MEMORY = 1024  # a multiple of them is allocated, as memory of ever new sizes falls into pieces
 
 
-class Products(Protocol):
-    """How tokens of local experts are padded, and multiplied with the experts' matrices."""
+@dataclass(frozen=True)
+class Part:
+    """Some experts, which come one after the other, and their rows.
 
-    def pad(self, values: Tensor) -> Tensor:
-        """[n, ...] of the experts' tokens one after the other, with padding of any values: [padded, ...]."""
+    Attributes:
+        experts: of the local ones.
+        rows: of all.
+        is_first: no other part before has the same experts.
+    """
 
-    def pad_probs(self, probs: Tensor) -> Tensor:
-        """[padded, 1] of gate values [n], 0 for padding, so that nothing comes of it."""
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """[n, ...] of [padded, ...]."""
-
-    def multiply(self, padded: Tensor, matrices: Tensor) -> Tensor:
-        """Of each expert's rows of [padded, in] with its matrix of [experts, in, out]: [padded, out]."""
-
-    def add_weight_gradient(self, total: Tensor, outputs: Tensor, inputs: Tensor, *, is_stale: bool) -> None:
-        """Add to [experts, out, in] the transposed rows of [padded, out] times those of [padded, in] of each expert.
-
-        Args:
-            total: to add to, perhaps of another type.
-            outputs: gradients of the experts' outputs.
-            inputs: that they are of; of padding, one of both is 0.
-            is_stale: what is in `total` does not count.
-        """
+    experts: slice
+    rows: slice
+    is_first: bool = True
 
 
-def products_of(tokens_per_expert: Tensor, tokens: Tensor) -> Products:
-    """What is fastest for tokens [n, h] of the local experts, whose numbers are [experts]."""
-    if tokens.is_cuda and tokens.dtype is torch.bfloat16:
-        return GroupedProducts(tokens_per_expert.to(tokens.device))
-    if tokens.dtype is torch.float32 or len(tokens) == 0:
-        return SingleProducts(tokens_per_expert)
-    return PaddedProducts(tokens_per_expert.cpu(), tokens.device)
+class ExpertRows:
+    """A row for each token of each local expert, those of the first expert first; how they are multiplied is open.
 
+    Attributes:
+        parts: that are computed one after the other.
+        num_rows: of all parts.
+        token: [num_rows], the token of each row; None: the tokens are the rows.
+    """
 
-class _UnpaddedProducts:
-    """Tokens stay as they are."""
+    parts: list[Part]
 
-    def pad(self, values: Tensor) -> Tensor:
-        """See `Products`."""
+    def __init__(self, token: Tensor | None, num_rows: int) -> None:
+        self.token, self.num_rows = token, num_rows
+
+    def of_tokens(self, values: Tensor, part: Part) -> Tensor:
+        """A part's rows of [tokens, ...]."""
+        return values[part.rows] if self.token is None else values.index_select(0, self.token[part.rows])
+
+    def new_sums(self, tokens: Tensor) -> Tensor:
+        """Where `add_to_tokens` adds: [tokens, h], in float32 where it adds several rows."""
+        return torch.empty_like(tokens) if self.token is None else torch.zeros_like(tokens, dtype=torch.float32)
+
+    def add_to_tokens(self, sums: Tensor, values: Tensor, part: Part) -> None:
+        """Add a part's rows to the sums of their tokens."""
+        if self.token is None:
+            sums[part.rows] = values
+        else:
+            sums.index_add_(0, self.token[part.rows], values.to(sums.dtype))
+
+    def of_gates(self, gates: Tensor) -> Tensor:
+        """[num_rows, 1] of gate values [n]."""
+        return gates[:, None]
+
+    def to_gates(self, values: Tensor) -> Tensor:
+        """[n] of [num_rows]."""
         return values
 
-    unpad = pad
+    def multiply(self, rows: Tensor, matrices: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
+        """Of each expert's rows of a part, [rows, i], with its matrix of all [experts, i, o]: [rows, o]."""
+        raise NotImplementedError
 
-    def pad_probs(self, probs: Tensor) -> Tensor:
-        """See `Products`."""
-        return probs[:, None]
+    def add_weight_gradient(
+        self, total: Tensor, outputs: Tensor, inputs: Tensor, part: Part, *, is_stale: bool
+    ) -> None:
+        """Add each expert's transposed rows of [rows, o] times those of [rows, i] to its matrix.
+
+        Args:
+            total: [experts, o, i] of all experts, perhaps of another type.
+            outputs: a part's gradients of the experts' outputs.
+            inputs: that they are of; of padding, one of both is 0.
+            part: whose.
+            is_stale: what is in `total` does not count.
+        """
+        raise NotImplementedError
 
 
-class SingleProducts(_UnpaddedProducts):
+def expert_rows(tokens: Tensor, tokens_per_expert: Tensor, token: Tensor | None = None) -> ExpertRows:
+    """What is fastest for tokens [tokens, h] on their device.
+
+    Args:
+        tokens: their type and device count.
+        tokens_per_expert: [local experts]; their sum is n.
+        token: [n], the token of each; None: there are n tokens, in this order.
+    """
+    num_rows = len(tokens if token is None else token)
+    if tokens.is_cuda and tokens.dtype is torch.bfloat16:
+        return GroupedRows(tokens_per_expert.to(tokens.device), token, num_rows)
+    at_once = max(1, NUMBERS_AT_ONCE * len(tokens_per_expert) // max(num_rows * tokens.shape[-1], 1))
+    if tokens.dtype is torch.float32 or num_rows == 0:
+        return SingleRows(tokens_per_expert, token, at_once)
+    return PaddedRows(tokens_per_expert.cpu(), token, at_once, tokens.device)
+
+
+class SingleRows(ExpertRows):
     """A product for each expert: in fp32 as fast as any, with nothing copied."""
 
-    def __init__(self, tokens_per_expert: Tensor) -> None:
+    def __init__(self, tokens_per_expert: Tensor, token: Tensor | None, at_once: int) -> None:
         self.counts = tokens_per_expert.tolist()
+        ends = [0, *accumulate(self.counts)]
+        super().__init__(token, ends[-1])
+        self.parts = [Part(run, slice(ends[run.start], ends[run.stop])) for run in _runs(len(self.counts), at_once)]
 
-    def multiply(self, padded: Tensor, matrices: Tensor) -> Tensor:
-        """See `Products`."""
-        result = padded.new_empty(len(padded), matrices.shape[-1])
-        for rows, matrix, out in zip(padded.split(self.counts), matrices, result.split(self.counts), strict=True):
-            torch.mm(rows, matrix, out=out)
-        return result
+    def multiply(self, rows: Tensor, matrices: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
+        """See `ExpertRows`."""
+        out = rows.new_empty(len(rows), matrices.shape[-1]) if out is None else out
+        counts = self.counts[part.experts]
+        for of_expert, matrix, into in zip(rows.split(counts), matrices[part.experts], out.split(counts), strict=True):
+            torch.mm(of_expert, matrix, out=into)
+        return out
 
-    def add_weight_gradient(self, total: Tensor, outputs: Tensor, inputs: Tensor, *, is_stale: bool) -> None:
-        """See `Products`."""
-        for matrix, left, right in zip(total, outputs.split(self.counts), inputs.split(self.counts), strict=True):
+    def add_weight_gradient(
+        self, total: Tensor, outputs: Tensor, inputs: Tensor, part: Part, *, is_stale: bool
+    ) -> None:
+        """See `ExpertRows`."""
+        counts = self.counts[part.experts]
+        for matrix, left, right in zip(total[part.experts], outputs.split(counts), inputs.split(counts), strict=True):
             _add_product(matrix, left.T, right, is_stale=is_stale)
 
 
-class GroupedProducts(_UnpaddedProducts):
+class GroupedRows(ExpertRows):
     """One kernel for all experts, of PyTorch: without Transformer Engine the fastest on GPUs."""
 
-    def __init__(self, tokens_per_expert: Tensor) -> None:
+    def __init__(self, tokens_per_expert: Tensor, token: Tensor | None, num_rows: int) -> None:
+        super().__init__(token, num_rows)
         self.ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
+        self.parts = [Part(slice(None), slice(0, num_rows))]
 
-    def multiply(self, padded: Tensor, matrices: Tensor) -> Tensor:
-        """See `Products`."""
-        return F.grouped_mm(padded, matrices, offs=self.ends)
+    def multiply(self, rows: Tensor, matrices: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
+        """See `ExpertRows`."""
+        product = F.grouped_mm(rows, matrices, offs=self.ends)
+        return product if out is None else out.copy_(product)
 
-    def add_weight_gradient(self, total: Tensor, outputs: Tensor, inputs: Tensor, *, is_stale: bool) -> None:
-        """See `Products`."""
-        product = F.grouped_mm(outputs.T, inputs, offs=self.ends)
-        if is_stale:
-            total.copy_(product)
-        else:
-            total.add_(product)
+    def add_weight_gradient(
+        self, total: Tensor, outputs: Tensor, inputs: Tensor, part: Part, *, is_stale: bool
+    ) -> None:
+        """See `ExpertRows`."""
+        _put(total[part.experts], F.grouped_mm(outputs.T, inputs, offs=self.ends), is_stale=is_stale)
 
 
-class PaddedProducts:
-    """Of each expert's tokens as many as suit most in one batched product, the rest of fuller experts by itself.
+class PaddedRows(ExpertRows):
+    """Of each expert's rows as many as suit most in batched products, the rest of fuller experts by itself.
 
     Attributes:
-        source: [padded], the token that each row is; of padding, any.
-        is_token: [padded], whether it is none of the padding.
-        place: [n], the row of each token.
-        parts: experts, their rows, and the leading axes of these, of each product; that of all experts comes first.
+        is_token: [num_rows], whether it is none of the padding.
+        place: [n], the row of each.
     """
 
-    def __init__(self, tokens_per_expert: Tensor, device: torch.device) -> None:
+    def __init__(self, tokens_per_expert: Tensor, token: Tensor | None, at_once: int, device: torch.device) -> None:
         counts = tokens_per_expert
         first = counts.cumsum(0) - counts
         batched = _batched_rows(counts)
-        end = len(counts) * batched
-        self.parts = [(slice(None), slice(0, end), (len(counts), batched))]
+        self.parts = [Part(run, slice(run.start * batched, run.stop * batched)) for run in _runs(len(counts), at_once)]
         index = torch.arange(batched)
         blocks, valid = [(first[:, None] + index).flatten()], [(index < counts[:, None]).flatten()]
+        end = len(counts) * batched
         for expert in (counts > batched).nonzero().flatten().tolist():
             rest = int(counts[expert]) - batched
             index = torch.arange(_rounded(rest))
             blocks.append(first[expert] + batched + index)
             valid.append(index < rest)
-            self.parts.append((expert, slice(end, end + len(index)), (len(index),)))
+            self.parts.append(Part(slice(expert, expert + 1), slice(end, end + len(index)), is_first=False))
             end += len(index)
-        unused = torch.zeros(-end % ROWS_OF_MEMORY, dtype=torch.long)
-        source, is_token = torch.cat([*blocks, unused]), torch.cat([*valid, unused.bool()])
+        source, is_token = torch.cat(blocks), torch.cat(valid)
         place = torch.empty(int(counts.sum()), dtype=torch.long)
         place[source[is_token]] = is_token.nonzero().flatten()
-        source.clamp_(max=len(place) - 1)
-        self.source, self.is_token, self.place = (part.to(device) for part in (source, is_token, place))
+        source = source.clamp_(max=len(place) - 1).to(device)
+        self.is_token, self.place = is_token.to(device), place.to(device)
+        super().__init__(source if token is None else token[source], end)
+        self._source = source
 
-    def pad(self, values: Tensor) -> Tensor:
-        """See `Products`."""
-        return values.index_select(0, self.source)
+    def of_gates(self, gates: Tensor) -> Tensor:
+        """See `ExpertRows`; 0 for padding, so that nothing comes of it."""
+        return gates.index_select(0, self._source).mul_(self.is_token)[:, None]
 
-    def pad_probs(self, probs: Tensor) -> Tensor:
-        """See `Products`."""
-        return self.pad(probs).mul_(self.is_token)[:, None]
+    def to_gates(self, values: Tensor) -> Tensor:
+        """See `ExpertRows`."""
+        return values.index_select(0, self.place)
 
-    def unpad(self, padded: Tensor) -> Tensor:
-        """See `Products`."""
-        return padded.index_select(0, self.place)
+    def multiply(self, rows: Tensor, matrices: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
+        """See `ExpertRows`."""
+        out = rows.new_empty(len(rows), matrices.shape[-1]) if out is None else out
+        of_part = matrices[part.experts]
+        torch.bmm(_by_expert(rows, of_part), of_part, out=_by_expert(out, of_part))
+        return out
 
-    def multiply(self, padded: Tensor, matrices: Tensor) -> Tensor:
-        """See `Products`."""
-        result = padded.new_empty(len(padded), matrices.shape[-1])
-        for expert, rows, shape in self.parts:
-            torch.matmul(padded[rows].view(*shape, -1), matrices[expert], out=result[rows].view(*shape, -1))
-        return result
+    def add_weight_gradient(
+        self, total: Tensor, outputs: Tensor, inputs: Tensor, part: Part, *, is_stale: bool
+    ) -> None:
+        """See `ExpertRows`."""
+        of_part = total[part.experts]
+        left, right = (_by_expert(rows, of_part) for rows in (outputs, inputs))
+        _add_product(of_part, left.mT, right, is_stale=is_stale and part.is_first)
 
-    def add_weight_gradient(self, total: Tensor, outputs: Tensor, inputs: Tensor, *, is_stale: bool) -> None:
-        """See `Products`."""
-        for expert, rows, shape in self.parts:
-            left, right = (padded[rows].view(*shape, -1) for padded in (outputs, inputs))
-            _add_product(total[expert], left.mT, right, is_stale=is_stale)
-            is_stale = False
+
+def _by_expert(rows: Tensor, matrices: Tensor) -> Tensor:
+    return rows.unflatten(0, (len(matrices), -1))
+
+
+def _runs(count: int, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
 
 def _batched_rows(counts: Tensor) -> int:
@@ -176,7 +228,7 @@ def _rounded(rows: int) -> int:
 def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_stale: bool) -> None:
     """Of matrices, or of as many as `total` has."""
     if total.dtype is not right.dtype:
-        _add_converted(total, left, right, is_stale=is_stale)
+        _put(total, left @ right, is_stale=is_stale)
     elif is_stale:
         torch.matmul(left, right, out=total)
     elif total.dim() > 2:
@@ -185,17 +237,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, *, is_stale: bool) 
         total.addmm_(left, right)
 
 
-def _add_converted(total: Tensor, left: Tensor, right: Tensor, *, is_stale: bool) -> None:
-    """To another type, of many matrices a few at a time, for which little memory is needed."""
-    if total.dim() == 2:
-        _put(total, left @ right, is_stale=is_stale)
-        return
-    count = -(-NUMBERS_CONVERTED // total[0].numel())
-    for part, lefts, rights in zip(total.split(count), left.split(count), right.split(count), strict=True):
-        _put(part, lefts @ rights, is_stale=is_stale)
-
-
 def _put(total: Tensor, product: Tensor, *, is_stale: bool) -> None:
+    """Of another type."""
     if is_stale:
         total.copy_(product)
         return

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import Parameter
 
-from megatron_moe.model.expert_products import Products, products_of
+from megatron_moe.model.expert_products import ExpertRows, Part, expert_rows
 
 
 class GroupedExperts(MegatronModule):
@@ -48,22 +48,26 @@ class GroupedExperts(MegatronModule):
         weight.main_grad_is_stale = False  # distributed/in_place.py sets it instead of filling `main_grad` with 0
         return weight
 
-    def forward(
-        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
-    ) -> tuple[Tensor, None]:
+    def forward(self, tokens: Tensor, routing: Tensor, gates: Tensor) -> tuple[Tensor, None]:
         """SwiGLU of each expert, times the gate value of each token.
 
+        megatron-core's dispatchers give the tokens of each expert, `LocalDispatcher` tokens as they are.
+
         Args:
-            permuted_local_hidden_states: [n, h], the tokens of the first local expert, then of the second, ...
-            tokens_per_expert: [local experts]; their sum is n.
-            permuted_probs: [n], gate values.
+            tokens: [n, h], those of the first local expert, then of the second, ...; or [tokens, h].
+            routing: [local experts], how many tokens each has; or [tokens, local experts] bool, who selected whom.
+            gates: [n], gate values; or [tokens, local experts].
 
         Returns:
-            [n, h] in the same order, and no bias.
+            [n, h] in the same order; or [tokens, h], the sums over the experts of a token. And no bias.
         """
-        products = products_of(tokens_per_expert, permuted_local_hidden_states)
-        output = _Experts.apply(permuted_local_hidden_states, permuted_probs, products, self.weight1, self.weight2)
-        return output, None
+        if routing.dim() == 1:
+            return _Experts.apply(tokens, gates, expert_rows(tokens, routing), self.weight1, self.weight2), None
+        selected = routing.T.contiguous()
+        token = torch.arange(len(tokens), device=tokens.device).expand_as(selected).masked_select(selected)
+        gates = gates.T.contiguous().masked_select(selected)
+        rows = expert_rows(tokens, selected.sum(1), token)
+        return _Experts.apply(tokens, gates, rows, self.weight1, self.weight2), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -100,43 +104,59 @@ class GroupedExperts(MegatronModule):
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, tokens: Tensor, probs: Tensor, products: Products, weight1: Parameter, weight2: Parameter
+        ctx: FunctionCtx, tokens: Tensor, gates: Tensor, rows: ExpertRows, weight1: Parameter, weight2: Parameter
     ) -> Tensor:
-        hidden = products.multiply(products.pad(tokens), weight1.mT)
-        ctx.save_for_backward(tokens, probs, hidden)
-        ctx.products, ctx.weights = products, (weight1, weight2)
-        gate, up = hidden.chunk(2, dim=-1)
-        gated = (F.silu(gate).mul_(up) * products.pad_probs(probs)).to(tokens.dtype)
-        return products.unpad(products.multiply(gated, weight2.mT))
+        hidden = tokens.new_empty(rows.num_rows, weight1.shape[1])
+        output, gate_of_row = rows.new_sums(tokens), rows.of_gates(gates)
+        for part in rows.parts:
+            of_part = hidden[part.rows]
+            rows.multiply(rows.of_tokens(tokens, part), weight1.mT, part, out=of_part)
+            gate, up = of_part.chunk(2, dim=-1)
+            gated = (F.silu(gate).mul_(up) * gate_of_row[part.rows]).to(tokens.dtype)
+            rows.add_to_tokens(output, rows.multiply(gated, weight2.mT, part), part)
+        ctx.save_for_backward(tokens, gates, hidden)
+        ctx.rows, ctx.weights = rows, (weight1, weight2)
+        return output.to(tokens.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, probs, hidden = ctx.saved_tensors
-        products, (weight1, weight2) = ctx.products, ctx.weights
-        gradient, probs = products.pad(gradient), products.pad_probs(probs)
-        gate, up = hidden.chunk(2, dim=-1)
-        activated = F.silu(gate)
-        swiglu = activated * up
-        of_weight2 = _weight_gradient(products, gradient, (swiglu * probs).to(tokens.dtype), weight2)
-        of_gated = products.multiply(gradient, weight2)
-        of_probs = (of_gated.to(probs.dtype) * swiglu).sum(-1)
-        of_swiglu = (of_gated * probs).to(tokens.dtype)
-        of_hidden = torch.empty_like(hidden)
-        of_gate, of_up = of_hidden.chunk(2, dim=-1)
-        torch.mul(of_swiglu, activated, out=of_up)
-        torch.ops.aten.silu_backward(of_swiglu.mul_(up), gate, grad_input=of_gate)
-        of_weight1 = _weight_gradient(products, of_hidden, products.pad(tokens), weight1)
-        of_tokens = products.unpad(products.multiply(of_hidden, weight1))
-        return of_tokens, products.unpad(of_probs), None, of_weight1, of_weight2
+        tokens, gates, hidden = ctx.saved_tensors
+        rows, (weight1, weight2) = ctx.rows, ctx.weights
+        of_weights = [_WeightGradient(rows, weight) for weight in (weight1, weight2)]
+        of_tokens, gate_of_row = rows.new_sums(tokens), rows.of_gates(gates)
+        of_gates = torch.empty_like(gate_of_row)
+        for part in rows.parts:
+            of_output, gate_values = rows.of_tokens(gradient, part), gate_of_row[part.rows]
+            gate, up = hidden[part.rows].chunk(2, dim=-1)
+            activated = F.silu(gate)
+            swiglu = activated * up
+            of_weights[1].add(of_output, (swiglu * gate_values).to(tokens.dtype), part)
+            of_gated = rows.multiply(of_output, weight2, part)
+            torch.sum(of_gated.to(gates.dtype) * swiglu, -1, keepdim=True, out=of_gates[part.rows])
+            of_swiglu = (of_gated * gate_values).to(tokens.dtype)
+            of_hidden = torch.empty_like(hidden[part.rows])
+            of_gate, of_up = of_hidden.chunk(2, dim=-1)
+            torch.mul(of_swiglu, activated, out=of_up)
+            torch.ops.aten.silu_backward(of_swiglu.mul_(up), gate, grad_input=of_gate)
+            of_weights[0].add(of_hidden, rows.of_tokens(tokens, part), part)
+            rows.add_to_tokens(of_tokens, rows.multiply(of_hidden, weight1, part), part)
+        returned = (of_weight.finish() for of_weight in of_weights)
+        return of_tokens.to(tokens.dtype), rows.to_gates(of_gates[:, 0]), None, *returned
 
 
-def _weight_gradient(products: Products, outputs: Tensor, inputs: Tensor, weight: Parameter) -> Tensor:
-    """From the gradients of the experts' outputs and their inputs, both padded.
+class _WeightGradient:
+    """Added to `main_grad`, if there is one; what is returned is then to be ignored."""
 
-    It is added to `main_grad`, if there is one; what is returned is then to be ignored.
-    """
-    has_main = hasattr(weight, "main_grad")
-    total = weight.main_grad if has_main else torch.empty_like(weight)
-    products.add_weight_gradient(total, outputs, inputs, is_stale=weight.main_grad_is_stale or not has_main)
-    weight.grad_added_to_main_grad, weight.main_grad_is_stale = has_main, False
-    return torch.empty_like(weight) if has_main else total
+    def __init__(self, rows: ExpertRows, weight: Parameter) -> None:
+        self.rows, self.weight, self.has_main = rows, weight, hasattr(weight, "main_grad")
+        self.total = weight.main_grad if self.has_main else torch.empty_like(weight)
+        self.is_stale = weight.main_grad_is_stale or not self.has_main
+
+    def add(self, outputs: Tensor, inputs: Tensor, part: Part) -> None:
+        """From the gradients of a part's outputs, and its inputs."""
+        self.rows.add_weight_gradient(self.total, outputs, inputs, part, is_stale=self.is_stale)
+
+    def finish(self) -> Tensor:
+        """What autograd wants."""
+        self.weight.grad_added_to_main_grad, self.weight.main_grad_is_stale = self.has_main, False
+        return torch.empty_like(self.weight) if self.has_main else self.total

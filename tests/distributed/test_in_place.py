@@ -1,6 +1,8 @@
 """Gradients sent, reset and clipped in place are what they are with copies."""
 
 import os
+import platform
+import resource
 from typing import Any
 
 import pytest
@@ -79,6 +81,38 @@ def of_a_second_step(theirs: bool) -> dict[str, Any]:
 
 def test_reset_and_clipped_in_place() -> None:
     (ours,), (theirs,) = (run_ranks(of_a_second_step, 1, theirs) for theirs in (False, True))
-    assert ours.pop("norm") == theirs.pop("norm") > 0.01
+    norm = theirs.pop("norm")
+    assert norm > 0.01
+    assert ours.pop("norm") == pytest.approx(norm, rel=1e-6)
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-6, atol=1e-9, msg=name)
+
+
+def norm_of_many() -> list[float]:
+    """Of 10 M gradients, ours and in float64."""
+    from megatron_moe.distributed import in_place
+
+    gradients = [torch.randn(10**7, generator=torch.Generator().manual_seed(0)), torch.ones(3, 2)]
+    norm, _ = in_place._norm(0, torch.zeros(1), [gradients], False)
+    return [*norm.tolist(), torch.cat([gradient.flatten().double() for gradient in gradients]).norm().item()]
+
+
+def test_norm_of_many() -> None:
+    ((ours, expected),) = run_ranks(norm_of_many, 1)
+    assert ours == pytest.approx(expected, rel=3e-5)  # `torch.norm` is 5e-4 off
+
+
+def pages_for_many_tensors() -> int:
+    """That the system gave for 20 of 64 MiB, one after the other."""
+    from megatron_moe.distributed import in_place
+
+    in_place.install()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.zeros(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
+def test_freed_memory_is_used_again() -> None:
+    assert run_ranks(pages_for_many_tensors, 1)[0] < 5 * 2**14

@@ -139,65 +139,143 @@ def test_same_checkpoint(layout: str, ranks: int) -> None:
         assert ours == theirs
 
 
-@given(counts=st.lists(st.integers(0, 200), min_size=1, max_size=8))
+def routed(sort: bool) -> dict[str, torch.Tensor]:
+    """Output and gradients where tokens are left in place, or are sorted by expert and their outputs added up."""
+    for experts, _ in both([]):
+        generator = torch.Generator().manual_seed(2)
+        routing = torch.rand(20, 4, generator=generator) < torch.tensor([0.9, 0.5, 0.0, 0.2])
+        tokens = torch.randn(20, experts.config.hidden_size, generator=generator).requires_grad_()
+        gates = torch.rand(20, 4, generator=generator).requires_grad_()
+        if sort:
+            expert, token = routing.T.nonzero().unbind(1)
+            parts, _ = experts(tokens[token], routing.sum(0), gates[token, expert])
+            output = torch.zeros_like(tokens).index_add(0, token, parts)
+        else:
+            output, _ = experts(tokens, routing, gates)
+        output.backward(torch.randn(output.shape, generator=generator))
+        of_weights = {name: weight.grad for name, weight in experts.named_parameters()}
+        return {"output": output.detach(), "tokens": tokens.grad, "gates": gates.grad, **of_weights}
+    raise AssertionError
+
+
+def test_tokens_left_in_place() -> None:
+    (in_place,), (sorted_first,) = (run_ranks(routed, 1, sort) for sort in (False, True))
+    assert_close({name: (values, sorted_first[name]) for name, values in in_place.items()}, 1e-6)
+    assert len(in_place) == 5
+
+
+def all_dropped() -> list[torch.Tensor]:
+    """Output and gradients of tokens of which none goes anywhere, in bf16."""
+    for experts, _ in both(["precision=bf16"]):
+        tokens = torch.ones(5, experts.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        output, _ = experts(tokens, torch.zeros(5, 4, dtype=torch.bool), torch.rand(5, 4, requires_grad=True))
+        output.sum().backward()
+        return [output.detach(), tokens.grad, *(weight.grad for weight in experts.parameters())]
+    raise AssertionError
+
+
+def test_all_dropped() -> None:
+    (found,) = run_ranks(all_dropped, 1)
+    assert not any(values.any() for values in found)
+
+
+def dispatchers(overrides: list[str]) -> set[str]:
+    from megatron_moe.distributed.context import distributed
+    from megatron_moe.model.build import build_model
+
+    config = tiny_config(*overrides, world_size=int(os.environ["WORLD_SIZE"]))
+    with distributed(config.parallel, init_method=os.environ["MEGATRON_MOE_INIT_METHOD"]) as context:
+        modules = build_model(config, context.pg_collection, context.device)[0].modules()
+        return {type(layer.token_dispatcher).__name__ for layer in modules if hasattr(layer, "token_dispatcher")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "ranks", "dispatcher"),
+    [
+        ("single", 1, "LocalDispatcher"),
+        ("ep2", 2, "MoEAlltoAllTokenDispatcher"),
+        ("tp2", 2, "MoEAlltoAllTokenDispatcher"),
+    ],
+)
+def test_who_dispatches(layout: str, ranks: int, dispatcher: str) -> None:
+    assert run_ranks(dispatchers, ranks, [f"parallel={layout}"]) == [{dispatcher}] * ranks
+
+
+@given(counts=st.lists(st.integers(0, 200), min_size=1, max_size=20))
 def test_places_of_padded_rows(counts: list[int]) -> None:
-    from megatron_moe.model.expert_products import GRID, PaddedProducts
+    from megatron_moe.model.expert_products import GRID, PaddedRows
 
     if not sum(counts):
         return
-    padding = PaddedProducts(torch.tensor(counts), torch.device("cpu"))
-    assert padding.source[padding.place].tolist() == list(range(sum(counts)))
-    assert padding.is_token.sum() == sum(counts)
-    assert padding.parts[0][0] == slice(None)  # of all experts, so that nothing stale stays
-    assert all(shape[-1] in GRID for _, _, shape in padding.parts)
+    rows = PaddedRows(torch.tensor(counts), None, 3, torch.device("cpu"))
+    assert rows.token[rows.place].tolist() == list(range(sum(counts)))
+    assert rows.is_token.sum() == sum(counts)
+    is_first = [part.is_first for part in rows.parts]
+    assert is_first == sorted(is_first, reverse=True)
+    firsts = [part.experts for part in rows.parts if part.is_first]
+    assert [e for part in firsts for e in range(*part.indices(len(counts)))] == list(range(len(counts)))
+    assert [part.rows.start for part in rows.parts[1:]] == [part.rows.stop for part in rows.parts[:-1]]
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    for expert, part, shape in padding.parts:
-        of = torch.arange(len(counts))[expert].reshape(-1, 1).expand(-1, shape[-1]).flatten()
-        assert (owner[padding.source[part]] == of)[padding.is_token[part]].all()
+    for part in rows.parts:
+        experts = torch.arange(len(counts))[part.experts]
+        num_rows = (part.rows.stop - part.rows.start) // len(experts)
+        assert num_rows in GRID
+        is_right = owner[rows.token[part.rows]] == experts.repeat_interleave(num_rows)
+        assert is_right[rows.is_token[part.rows]].all()
 
 
-def products(kind: str, counts: list[int]) -> Any:
+def expert_rows_of(kind: str, counts: list[int], token: torch.Tensor | None) -> Any:
     from megatron_moe.model import expert_products
 
-    of_kind = getattr(expert_products, kind)
-    on_device = (torch.device("cpu"),) if kind == "PaddedProducts" else ()
-    return of_kind(torch.tensor(counts), *on_device)
+    how = {"SingleRows": (4,), "GroupedRows": (sum(counts),), "PaddedRows": (4, torch.device("cpu"))}[kind]
+    return getattr(expert_products, kind)(torch.tensor(counts), token, *how)
+
+
+NINE = [3, 0, 300, 5, 0, 0, 1, 2, 4]  # more than are computed at once
 
 
 @pytest.mark.parametrize("of_total", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("counts", [[3, 0, 300, 5], [8, 8, 8, 8], [0, 0, 0, 1]], ids=str)
-@pytest.mark.parametrize("kind", ["SingleProducts", "GroupedProducts", "PaddedProducts"])
+@pytest.mark.parametrize("counts", [NINE, [8, 8, 8, 8], [0, 0, 0, 1]], ids=str)
+@pytest.mark.parametrize("kind", ["SingleRows", "GroupedRows", "PaddedRows"])
 def test_products(kind: str, counts: list[int], of_total: torch.dtype) -> None:
-    """Each against a loop in fp32."""
+    """Each against a loop in fp32; rows belong to tokens in reversed order."""
     generator = torch.Generator().manual_seed(0)
     inputs, outputs = (torch.randn(sum(counts), n, generator=generator).bfloat16() for n in (16, 24))
-    matrices = torch.randn(4, 24, 16, generator=generator).bfloat16()
-    padding = products(kind, counts)
-    found = padding.unpad(padding.multiply(padding.pad(inputs), matrices.mT))
-    rows = [part.split(counts) for part in (inputs.float(), outputs.float())]
-    expected = torch.cat([part @ matrix.float().T for part, matrix in zip(rows[0], matrices, strict=True)])
-    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+    matrices = torch.randn(len(counts), 24, 16, generator=generator).bfloat16()
+    rows = expert_rows_of(kind, counts, torch.arange(sum(counts)).flip(0))
+    assert torch.cat([torch.arange(rows.num_rows)[part.rows] for part in rows.parts]).tolist() == [
+        *range(rows.num_rows)
+    ]
+    found = rows.new_sums(outputs)
+    is_token = rows.of_gates(torch.ones(sum(counts))).bfloat16()
+    total = torch.full(matrices.shape, torch.nan, dtype=of_total)
+    for is_stale in (True, False):
+        for part in rows.parts:
+            ours = rows.of_tokens(inputs.flip(0), part) * is_token[part.rows]
+            rows.add_to_tokens(found, rows.multiply(ours, matrices.mT, part), part)
+            of_outputs = rows.of_tokens(outputs.flip(0), part)
+            rows.add_weight_gradient(total, of_outputs, ours, part, is_stale=is_stale)
 
-    outer = torch.stack([out.T @ part for part, out in zip(*rows, strict=True)])
-    total = torch.full((4, 24, 16), torch.nan, dtype=of_total)
-    padded = padding.pad(outputs) * (padding.is_token[:, None] if kind == "PaddedProducts" else 1)
-    for times, is_stale in ((1, True), (2, False)):
-        padding.add_weight_gradient(total, padded, padding.pad(inputs), is_stale=is_stale)
-        torch.testing.assert_close(total.float(), times * outer, rtol=2e-2, atol=0.2)
+    parts = [part.split(counts) for part in (inputs.float(), outputs.float())]
+    expected = torch.cat([part @ matrix.float().T for part, matrix in zip(parts[0], matrices, strict=True)])
+    torch.testing.assert_close(found.flip(0), 2 * expected, rtol=1e-2, atol=2e-2)
+    gradient = torch.stack([out.T @ part for part, out in zip(*parts, strict=True)])
+    torch.testing.assert_close(total.float(), 2 * gradient, rtol=2e-2, atol=0.2)
+    assert rows.to_gates(rows.of_gates(inputs[:, 0].float())[:, 0]).tolist() == inputs[:, 0].tolist()
 
 
 @pytest.mark.parametrize(
     ("device", "dtype", "kind"),
     [
-        ("cpu", torch.float32, "SingleProducts"),
-        ("cpu", torch.bfloat16, "PaddedProducts"),
-        ("cuda", torch.float32, "SingleProducts"),
-        ("cuda", torch.bfloat16, "GroupedProducts"),
+        ("cpu", torch.float32, "SingleRows"),
+        ("cpu", torch.bfloat16, "PaddedRows"),
+        ("cuda", torch.float32, "SingleRows"),
+        ("cuda", torch.bfloat16, "GroupedRows"),
     ],
 )
-def test_which_products(device: str, dtype: torch.dtype, kind: str) -> None:
-    from megatron_moe.model.expert_products import products_of
+def test_which_rows(device: str, dtype: torch.dtype, kind: str) -> None:
+    from megatron_moe.model.expert_products import expert_rows
 
-    tokens = mock.MagicMock(is_cuda=device == "cuda", device=torch.device("cpu"), dtype=dtype)
+    tokens = mock.MagicMock(is_cuda=device == "cuda", device=torch.device("cpu"), dtype=dtype, shape=(5, 8))
     tokens.__len__.return_value = 5
-    assert type(products_of(torch.tensor([2, 3]), tokens)).__name__ == kind
+    assert type(expert_rows(tokens, torch.tensor([2, 3]))).__name__ == kind

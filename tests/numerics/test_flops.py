@@ -25,9 +25,6 @@ EQUAL = "model.v_head_dim=24"  # as wide as the keys: a CPU pads the narrower on
 
 
 def flops_of_a_micro_batch(overrides: list[str]) -> int:
-    from megatron_moe.model import experts
-
-    experts.ALIGNMENT, experts.ROWS_OF_A_CALL = 1, 0  # no rows beside the tokens
     with tiny_run(overrides) as (run, batches, _):
         counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
         with counter, sdpa_kernel(SDPBackend.MATH):  # as products of matrices, which are counted

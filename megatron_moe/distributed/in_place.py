@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,9 +45,8 @@ def install() -> None:
 
 def _keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # of glibc
+    if hasattr(libc, "mallopt") and libc.mallopt(M_MMAP_THRESHOLD, LARGEST):  # older glibc takes no more than 32 MiB
         libc.mallopt(M_TRIM_THRESHOLD, LARGEST)
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
 
 
 def _reduce(part: Tensor, whole: Tensor, *, op: Any, group: dist.ProcessGroup, async_op: bool) -> Any:
@@ -81,6 +81,14 @@ def _reset_gradients(buffer: param_and_grad_buffer._ParamAndGradBuffer) -> None:
             param.main_grad.zero_()
 
 
+def reset_unwritten(parameters: Iterable[Tensor]) -> None:
+    """Fill with 0 what no backward pass has overwritten, before it is sent."""
+    for param in parameters:
+        if getattr(param, "main_grad_is_stale", False):
+            param.main_grad.zero_()
+            param.main_grad_is_stale = False
+
+
 def _scale(_size: int, _overflow: Tensor, gradients: tuple[list[Tensor], list[Tensor]], factor: float) -> None:
     """What is clipped, which comes as source and as destination."""
     for gradient in gradients[0]:
@@ -89,8 +97,8 @@ def _scale(_size: int, _overflow: Tensor, gradients: tuple[list[Tensor], list[Te
 
 def _norm(_size: int, _overflow: Tensor, gradients: list[list[Tensor]], _per_tensor: bool) -> tuple[Tensor, None]:
     """Of all gradients together, [1]. `torch.norm` is on one core, and its float32 sum of 10 M squares is 1e-3 off."""
-    squares = [gradient.float().flatten().dot(gradient.float().flatten()) for gradient in gradients[0]]
-    return torch.stack(squares).sum().sqrt()[None], None
+    flat = [gradient.flatten().float() for gradient in gradients[0]]
+    return torch.stack([gradient.dot(gradient) for gradient in flat]).sum().sqrt()[None], None
 
 
 def _is_within(part: Tensor, whole: Tensor) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 NUMBERS_AT_ONCE = 2**20  # of the rows of some experts on a CPU, so that what is between their products stays in a cache
 # Rows of a product in bf16 on a CPU: oneDNN compiles each shape once, in milliseconds, and keeps the code.
 GRID = torch.tensor([*range(0, 256, 16), *(step << power for power in range(5, 24) for step in range(8, 16))])
+GROUPED_MULTIPLE = 8  # numbers in bf16 of the 16 bytes that F.grouped_mm asks rows on a GPU to be multiples of
 ROWS_OF_A_CALL = 128  # that take as long as what else the products of a single expert cost
-ROWS_OF_MEMORY = 1024  # a multiple of them is allocated, as memory of ever new sizes falls into pieces
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,13 @@ class ExpertRows:
 
     Attributes:
         parts: that are computed one after the other.
-        num_rows: of all parts.
-        token: [num_rows], the token of each row; None: the tokens are the rows.
+        token: [rows], the token of each; None: the tokens are the rows.
     """
 
     parts: list[Part]
 
-    def __init__(self, token: Tensor | None, num_rows: int) -> None:
-        self.token, self.num_rows = token, num_rows
+    def __init__(self, token: Tensor | None) -> None:
+        self.token = token
 
     def of_tokens(self, values: Tensor, part: Part) -> Tensor:
         """A part's rows of [tokens, ...]."""
@@ -61,14 +60,14 @@ class ExpertRows:
             sums.index_add_(0, self.token[part.rows], values.to(sums.dtype))
 
     def of_gates(self, gates: Tensor) -> Tensor:
-        """[num_rows, 1] of gate values [n]."""
+        """[rows, 1] of gate values [n]."""
         return gates[:, None]
 
     def to_gates(self, values: Tensor) -> Tensor:
-        """[n] of [num_rows]."""
+        """[n] of [rows]."""
         return values
 
-    def multiply(self, rows: Tensor, matrices: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
+    def multiply(self, rows: Tensor, matrices: Tensor, part: Part) -> Tensor:
         """Of each expert's rows of a part, [rows, i], with its matrix of all [experts, i, o]: [rows, o]."""
         raise NotImplementedError
 
@@ -87,20 +86,21 @@ class ExpertRows:
         raise NotImplementedError
 
 
-def expert_rows(tokens: Tensor, tokens_per_expert: Tensor, token: Tensor | None = None) -> ExpertRows:
+def expert_rows(tokens: Tensor, width: int, tokens_per_expert: Tensor, token: Tensor | None = None) -> ExpertRows:
     """What is fastest for tokens [tokens, h] on their device.
 
     Args:
-        tokens: their type and device count.
+        tokens: their type, width and device count.
+        width: of an expert on this rank.
         tokens_per_expert: [local experts]; their sum is n.
         token: [n], the token of each; None: there are n tokens, in this order.
     """
-    num_rows = len(tokens if token is None else token)
-    if tokens.is_cuda and tokens.dtype is torch.bfloat16:
-        return GroupedRows(tokens_per_expert.to(tokens.device), token, num_rows)
-    at_once = max(1, NUMBERS_AT_ONCE * len(tokens_per_expert) // max(num_rows * tokens.shape[-1], 1))
+    num_rows, hidden_size = len(tokens if token is None else token), tokens.shape[-1]
+    at_once = max(1, NUMBERS_AT_ONCE * len(tokens_per_expert) // max(num_rows * hidden_size, 1))
     if tokens.dtype is torch.float32 or num_rows == 0:
         return SingleRows(tokens_per_expert, token, at_once)
+    if tokens.is_cuda and hidden_size % GROUPED_MULTIPLE == width % GROUPED_MULTIPLE == 0:
+        return GroupedRows(tokens_per_expert.to(tokens.device), token)
     return PaddedRows(tokens_per_expert.cpu(), token, at_once, tokens.device)
 
 
@@ -110,16 +110,17 @@ class SingleRows(ExpertRows):
     def __init__(self, tokens_per_expert: Tensor, token: Tensor | None, at_once: int) -> None:
         self.counts = tokens_per_expert.tolist()
         ends = [0, *accumulate(self.counts)]
-        super().__init__(token, ends[-1])
+        super().__init__(token)
         self.parts = [Part(run, slice(ends[run.start], ends[run.stop])) for run in _runs(len(self.counts), at_once)]
 
-    def multiply(self, rows: Tensor, matrices: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
+    def multiply(self, rows: Tensor, matrices: Tensor, part: Part) -> Tensor:
         """See `ExpertRows`."""
-        out = rows.new_empty(len(rows), matrices.shape[-1]) if out is None else out
-        counts = self.counts[part.experts]
-        for of_expert, matrix, into in zip(rows.split(counts), matrices[part.experts], out.split(counts), strict=True):
-            torch.mm(of_expert, matrix, out=into)
-        return out
+        result, counts = rows.new_empty(len(rows), matrices.shape[-1]), self.counts[part.experts]
+        for of_expert, matrix, out in zip(
+            rows.split(counts), matrices[part.experts], result.split(counts), strict=True
+        ):
+            torch.mm(of_expert, matrix, out=out)
+        return result
 
     def add_weight_gradient(
         self, total: Tensor, outputs: Tensor, inputs: Tensor, part: Part, *, is_stale: bool
@@ -133,28 +134,32 @@ class SingleRows(ExpertRows):
 class GroupedRows(ExpertRows):
     """One kernel for all experts, of PyTorch: without Transformer Engine the fastest on GPUs."""
 
-    def __init__(self, tokens_per_expert: Tensor, token: Tensor | None, num_rows: int) -> None:
-        super().__init__(token, num_rows)
+    def __init__(self, tokens_per_expert: Tensor, token: Tensor | None) -> None:
+        super().__init__(token)
+        self.parts = [Part(slice(None), slice(None))]
         self.ends = tokens_per_expert.cumsum(0, dtype=torch.int32)
-        self.parts = [Part(slice(None), slice(0, num_rows))]
+        self.is_idle = (tokens_per_expert == 0)[:, None, None]
 
-    def multiply(self, rows: Tensor, matrices: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
+    def multiply(self, rows: Tensor, matrices: Tensor, part: Part) -> Tensor:
         """See `ExpertRows`."""
-        product = F.grouped_mm(rows, matrices, offs=self.ends)
-        return product if out is None else out.copy_(product)
+        return F.grouped_mm(rows, matrices, offs=self.ends)
 
     def add_weight_gradient(
         self, total: Tensor, outputs: Tensor, inputs: Tensor, part: Part, *, is_stale: bool
     ) -> None:
-        """See `ExpertRows`."""
-        _put(total[part.experts], F.grouped_mm(outputs.T, inputs, offs=self.ends), is_stale=is_stale)
+        """See `ExpertRows`. Of idle experts B200 gives anything (PyTorch issue 172439)."""
+        product = F.grouped_mm(outputs.T, inputs, offs=self.ends).masked_fill_(self.is_idle, 0)
+        if is_stale:
+            total[part.experts].copy_(product)
+        else:
+            total[part.experts].add_(product)
 
 
 class PaddedRows(ExpertRows):
     """Of each expert's rows as many as suit most in batched products, the rest of fuller experts by itself.
 
     Attributes:
-        is_token: [num_rows], whether it is none of the padding.
+        is_token: [rows], whether it is none of the padding, which repeats a row of the same expert.
         place: [n], the row of each.
     """
 
@@ -163,23 +168,32 @@ class PaddedRows(ExpertRows):
         first = counts.cumsum(0) - counts
         batched = _batched_rows(counts)
         self.parts = [Part(run, slice(run.start * batched, run.stop * batched)) for run in _runs(len(counts), at_once)]
-        index = torch.arange(batched)
-        blocks, valid = [(first[:, None] + index).flatten()], [(index < counts[:, None]).flatten()]
+        blocks = [_padded(first[:, None], counts[:, None], batched)]
         end = len(counts) * batched
         for expert in (counts > batched).nonzero().flatten().tolist():
-            rest = int(counts[expert]) - batched
-            index = torch.arange(_rounded(rest))
-            blocks.append(first[expert] + batched + index)
-            valid.append(index < rest)
-            self.parts.append(Part(slice(expert, expert + 1), slice(end, end + len(index)), is_first=False))
-            end += len(index)
-        source, is_token = torch.cat(blocks), torch.cat(valid)
+            rest = counts[expert] - batched
+            blocks.append(_padded(first[expert] + batched, rest, _rounded(int(rest))))
+            rows = slice(end, end := end + blocks[-1][0].numel())
+            self.parts.append(Part(slice(expert, expert + 1), rows, is_first=False))
+        source, is_token = (torch.cat([part.flatten() for part in parts]) for parts in zip(*blocks, strict=True))
         place = torch.empty(int(counts.sum()), dtype=torch.long)
         place[source[is_token]] = is_token.nonzero().flatten()
-        source = source.clamp_(max=len(place) - 1).to(device)
         self.is_token, self.place = is_token.to(device), place.to(device)
-        super().__init__(source if token is None else token[source], end)
-        self._source = source
+        self._source = source.clamp_(max=len(place) - 1).to(device)
+        self._is_sorted = token is None
+        super().__init__(self._source if token is None else token[self._source])
+
+    def new_sums(self, tokens: Tensor) -> Tensor:
+        """See `ExpertRows`."""
+        return torch.empty_like(tokens) if self._is_sorted else super().new_sums(tokens)
+
+    def add_to_tokens(self, sums: Tensor, values: Tensor, part: Part) -> None:
+        """See `ExpertRows`."""
+        if not self._is_sorted:
+            super().add_to_tokens(sums, values, part)
+            return
+        is_token = self.is_token[part.rows]
+        sums[self._source[part.rows][is_token]] = values[is_token]
 
     def of_gates(self, gates: Tensor) -> Tensor:
         """See `ExpertRows`; 0 for padding, so that nothing comes of it."""
@@ -189,12 +203,10 @@ class PaddedRows(ExpertRows):
         """See `ExpertRows`."""
         return values.index_select(0, self.place)
 
-    def multiply(self, rows: Tensor, matrices: Tensor, part: Part, out: Tensor | None = None) -> Tensor:
+    def multiply(self, rows: Tensor, matrices: Tensor, part: Part) -> Tensor:
         """See `ExpertRows`."""
-        out = rows.new_empty(len(rows), matrices.shape[-1]) if out is None else out
         of_part = matrices[part.experts]
-        torch.bmm(_by_expert(rows, of_part), of_part, out=_by_expert(out, of_part))
-        return out
+        return torch.bmm(_by_expert(rows, of_part), of_part).flatten(0, 1)
 
     def add_weight_gradient(
         self, total: Tensor, outputs: Tensor, inputs: Tensor, part: Part, *, is_stale: bool
@@ -205,7 +217,14 @@ class PaddedRows(ExpertRows):
         _add_product(of_part, left.mT, right, is_stale=is_stale and part.is_first)
 
 
+def _padded(first: Tensor, count: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """So many rows from the first on, and which of them are none of the padding."""
+    index = torch.arange(num_rows)
+    return first + index.minimum(count - 1).clamp_min(0), (index < count).expand(*count.shape[:-1], num_rows)
+
+
 def _by_expert(rows: Tensor, matrices: Tensor) -> Tensor:
+    """[rows, i] as [experts, rows of each, i]."""
     return rows.unflatten(0, (len(matrices), -1))
 
 
@@ -244,4 +263,4 @@ def _put(total: Tensor, product: Tensor, *, is_stale: bool) -> None:
         return
     size = total.shape[-2:]
     for matrix, values in zip(total.view(-1, *size), product.view(-1, *size), strict=True):
-        matrix.add_(values)  # torch first makes a copy of all that it converts
+        matrix.add_(values)  # on a CPU torch first makes a copy of all that it converts

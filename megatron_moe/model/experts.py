@@ -1,4 +1,4 @@
-"""Routed experts as few large matrix products instead of a loop over experts."""
+"""Routed experts with SwiGLU, a few at a time, forward and backward."""
 
 from __future__ import annotations
 
@@ -61,12 +61,13 @@ class GroupedExperts(MegatronModule):
         Returns:
             [n, h] in the same order; or [tokens, h], the sums over the experts of a token. And no bias.
         """
+        width = self.weight2.shape[-1]
         if routing.dim() == 1:
-            return _Experts.apply(tokens, gates, expert_rows(tokens, routing), self.weight1, self.weight2), None
+            return _Experts.apply(tokens, gates, expert_rows(tokens, width, routing), self.weight1, self.weight2), None
         selected = routing.T.contiguous()
         token = torch.arange(len(tokens), device=tokens.device).expand_as(selected).masked_select(selected)
         gates = gates.T.contiguous().masked_select(selected)
-        rows = expert_rows(tokens, selected.sum(1), token)
+        rows = expert_rows(tokens, width, selected.sum(1), token)
         return _Experts.apply(tokens, gates, rows, self.weight1, self.weight2), None
 
     def sharded_state_dict(
@@ -106,35 +107,33 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, tokens: Tensor, gates: Tensor, rows: ExpertRows, weight1: Parameter, weight2: Parameter
     ) -> Tensor:
-        hidden = tokens.new_empty(rows.num_rows, weight1.shape[1])
-        output, gate_of_row = rows.new_sums(tokens), rows.of_gates(gates)
+        hidden, output, gate_of_row = [], rows.new_sums(tokens), rows.of_gates(gates)
         for part in rows.parts:
-            of_part = hidden[part.rows]
-            rows.multiply(rows.of_tokens(tokens, part), weight1.mT, part, out=of_part)
-            gate, up = of_part.chunk(2, dim=-1)
+            hidden.append(rows.multiply(rows.of_tokens(tokens, part), weight1.mT, part))
+            gate, up = hidden[-1].chunk(2, dim=-1)
             gated = (F.silu(gate).mul_(up) * gate_of_row[part.rows]).to(tokens.dtype)
             rows.add_to_tokens(output, rows.multiply(gated, weight2.mT, part), part)
-        ctx.save_for_backward(tokens, gates, hidden)
+        ctx.save_for_backward(tokens, gates, *hidden)
         ctx.rows, ctx.weights = rows, (weight1, weight2)
         return output.to(tokens.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, gates, hidden = ctx.saved_tensors
+        tokens, gates, *hidden = ctx.saved_tensors
         rows, (weight1, weight2) = ctx.rows, ctx.weights
         of_weights = [_WeightGradient(rows, weight) for weight in (weight1, weight2)]
         of_tokens, gate_of_row = rows.new_sums(tokens), rows.of_gates(gates)
         of_gates = torch.empty_like(gate_of_row)
-        for part in rows.parts:
+        for part, of_part in zip(rows.parts, hidden, strict=True):
             of_output, gate_values = rows.of_tokens(gradient, part), gate_of_row[part.rows]
-            gate, up = hidden[part.rows].chunk(2, dim=-1)
+            gate, up = of_part.chunk(2, dim=-1)
             activated = F.silu(gate)
             swiglu = activated * up
             of_weights[1].add(of_output, (swiglu * gate_values).to(tokens.dtype), part)
             of_gated = rows.multiply(of_output, weight2, part)
             torch.sum(of_gated.to(gates.dtype) * swiglu, -1, keepdim=True, out=of_gates[part.rows])
             of_swiglu = (of_gated * gate_values).to(tokens.dtype)
-            of_hidden = torch.empty_like(hidden[part.rows])
+            of_hidden = torch.empty_like(of_part)
             of_gate, of_up = of_hidden.chunk(2, dim=-1)
             torch.mul(of_swiglu, activated, out=of_up)
             torch.ops.aten.silu_backward(of_swiglu.mul_(up), gate, grad_input=of_gate)

@@ -16,7 +16,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_moe.distributed import watchdog
+from megatron_moe.distributed import in_place, watchdog
 from megatron_moe.metrics.timers import Timers, all_to_all_measured
 from megatron_moe.model.build import routers
 from megatron_moe.model.router import Batch, Router
@@ -156,7 +156,7 @@ def train_step(
     optimizer.zero_grad()
     for router in pipeline.routers:
         router.reset_counters()
-    get_model_config(pipeline.model[0]).finalize_model_grads_func = finalize_model_grads
+    get_model_config(pipeline.model[0]).finalize_model_grads_func = _finalize_gradients
     with timers.measure("forward_backward"), all_to_all_measured(timers):
         loss = pipeline.run(batches, num_micro_batches, forward_only=False)
     with timers.measure("optimizer"):
@@ -168,6 +168,12 @@ def train_step(
         with timers.measure("optimizer"):
             clip_and_update(optimizer, grad_norm)
     return StepResult(agreement, grad_norm, num_micro_batches, skipped)
+
+
+def _finalize_gradients(model: list[DistributedDataParallel], *args: Any, **options: Any) -> None:
+    for chunk in model:
+        in_place.reset_unwritten(chunk.parameters())
+    finalize_model_grads(model, *args, **options)
 
 
 def _sum_loss(mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -116,3 +116,22 @@ def pages_for_many_tensors() -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_freed_memory_is_used_again() -> None:
     assert run_ranks(pages_for_many_tensors, 1)[0] < 5 * 2**14
+
+
+def gradients_nobody_wrote() -> list[bool]:
+    from megatron.core.utils import get_model_config
+
+    from megatron_moe.train.step import train_step
+
+    with tiny_run(["run.dir=without_checkpoints"]) as (run, batches, num_micro_batches):
+        train_step(run.pipeline, run.optimizer, batches, num_micro_batches)
+        (chunk,) = run.pipeline.model
+        chunk.zero_grad_buffer()
+        get_model_config(chunk).finalize_model_grads_func([chunk])
+        return [bool(parameter.main_grad.any()) for parameter in chunk.parameters()]
+
+
+def test_what_nobody_wrote_is_zero() -> None:
+    (found,) = run_ranks(gradients_nobody_wrote, 1)
+    assert len(found) > 10
+    assert not any(found)

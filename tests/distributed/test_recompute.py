@@ -77,6 +77,13 @@ def test_what_is_computed_again_changes_nothing(
     assert once <= set(ranks[0]["calls"])
 
 
+def test_experts_that_leave_tokens_in_place() -> None:
+    ranks = run_ranks(first_step, 1, [*MLA, "recompute=selective", ALL_PARTS])
+    plain = run_ranks(first_step, 1, MLA)
+    compare(ranks, plain)
+    assert {"mlp.experts", "layer.pre_mlp_layernorm"} & computed_again(ranks, plain)
+
+
 def test_a_pipeline_computes_each_micro_batch_again_with_its_own_positions_and_dropping() -> None:
     """Red: have `OfMicroBatch.get` return the newest."""
     overrides = ["parallel=pp2", *MLA, *DEEPSEEK_V2_ROUTING, *DOCUMENTS]

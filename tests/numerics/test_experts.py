@@ -1,5 +1,6 @@
 """Our experts against megatron-core's, one expert after the other."""
 
+import math
 import os
 from typing import Any
 from unittest import mock
@@ -90,8 +91,8 @@ def test_equal_in_bf16() -> None:
     assert_close(weights, 1e-2)  # the sum of two products is rounded once more
 
 
-def with_main_grad(precision: str, of_main_grad: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
-    """Of both weights the gradient, and what two passes have added to ones."""
+def with_main_grad(precision: str, of_main_grad: torch.dtype, start: float) -> list[tuple[torch.Tensor, ...]]:
+    """Of both weights the gradient, and what each of two passes has added; a start that is no number is stale."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     counts = COUNTS["one fuller"]
     for ours, _ in both([f"precision={precision}"]):
@@ -99,20 +100,23 @@ def with_main_grad(precision: str, of_main_grad: torch.dtype) -> list[tuple[torc
         gradients(ours, counts, dtype)
         expected = [weight.grad.float().clone() for weight in weights]
         for weight in weights:
-            weight.main_grad = torch.ones_like(weight, dtype=of_main_grad)
+            weight.main_grad = torch.full_like(weight, start, dtype=of_main_grad)
+            weight.main_grad_is_stale = math.isnan(start)
         for _ in range(2):
             gradients(ours, counts, dtype)
         assert all(weight.grad_added_to_main_grad for weight in weights)
-        return [(one, (w.main_grad.float() - 1) / 2) for one, w in zip(expected, weights, strict=True)]
+        before = 0 if math.isnan(start) else start
+        return [(one, (w.main_grad.float() - before) / 2) for one, w in zip(expected, weights, strict=True)]
     raise AssertionError
 
 
+@pytest.mark.parametrize("start", [1.0, math.nan])
 @pytest.mark.parametrize(
     ("precision", "of_main_grad", "tolerance"),
     [("fp32", torch.float32, 1e-6), ("bf16", torch.float32, 1e-2), ("bf16", torch.bfloat16, 1e-2)],
 )
-def test_adds_to_main_grad(precision: str, of_main_grad: torch.dtype, tolerance: float) -> None:
-    (pairs,) = run_ranks(with_main_grad, 1, precision, of_main_grad)
+def test_adds_to_main_grad(precision: str, of_main_grad: torch.dtype, tolerance: float, start: float) -> None:
+    (pairs,) = run_ranks(with_main_grad, 1, precision, of_main_grad, start)
     for expected, found in pairs:
         assert (found - expected).norm() < tolerance * expected.norm()
 
@@ -190,15 +194,16 @@ def dispatchers(overrides: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "ranks", "dispatcher"),
+    ("options", "ranks", "dispatcher"),
     [
-        ("single", 1, "LocalDispatcher"),
-        ("ep2", 2, "MoEAlltoAllTokenDispatcher"),
-        ("tp2", 2, "MoEAlltoAllTokenDispatcher"),
+        (["parallel=single"], 1, "LocalDispatcher"),
+        (["parallel=single", "overlap.moe_shared_expert_overlap=true"], 1, "MoEAlltoAllTokenDispatcher"),
+        (["parallel=ep2"], 2, "MoEAlltoAllTokenDispatcher"),
+        (["parallel=tp2"], 2, "MoEAlltoAllTokenDispatcher"),
     ],
 )
-def test_who_dispatches(layout: str, ranks: int, dispatcher: str) -> None:
-    assert run_ranks(dispatchers, ranks, [f"parallel={layout}"]) == [{dispatcher}] * ranks
+def test_who_dispatches(options: list[str], ranks: int, dispatcher: str) -> None:
+    assert run_ranks(dispatchers, ranks, options) == [{dispatcher}] * ranks
 
 
 @given(counts=st.lists(st.integers(0, 200), min_size=1, max_size=20))
@@ -215,67 +220,72 @@ def test_places_of_padded_rows(counts: list[int]) -> None:
     firsts = [part.experts for part in rows.parts if part.is_first]
     assert [e for part in firsts for e in range(*part.indices(len(counts)))] == list(range(len(counts)))
     assert [part.rows.start for part in rows.parts[1:]] == [part.rows.stop for part in rows.parts[:-1]]
+    assert rows.parts[-1].rows.stop == len(rows.token)
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     for part in rows.parts:
         experts = torch.arange(len(counts))[part.experts]
         num_rows = (part.rows.stop - part.rows.start) // len(experts)
         assert num_rows in GRID
         is_right = owner[rows.token[part.rows]] == experts.repeat_interleave(num_rows)
-        assert is_right[rows.is_token[part.rows]].all()
+        is_idle = (torch.tensor(counts)[experts] == 0).repeat_interleave(num_rows)
+        assert (is_right | is_idle).all()  # padding too
+        assert not rows.is_token[part.rows][is_idle].any()
 
 
 def expert_rows_of(kind: str, counts: list[int], token: torch.Tensor | None) -> Any:
     from megatron_moe.model import expert_products
 
-    how = {"SingleRows": (4,), "GroupedRows": (sum(counts),), "PaddedRows": (4, torch.device("cpu"))}[kind]
+    how = {"SingleRows": (4,), "GroupedRows": (), "PaddedRows": (4, torch.device("cpu"))}[kind]
     return getattr(expert_products, kind)(torch.tensor(counts), token, *how)
 
 
 NINE = [3, 0, 300, 5, 0, 0, 1, 2, 4]  # more than are computed at once
 
 
+@pytest.mark.parametrize("is_sorted", [False, True])
 @pytest.mark.parametrize("of_total", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", [NINE, [8, 8, 8, 8], [0, 0, 0, 1]], ids=str)
 @pytest.mark.parametrize("kind", ["SingleRows", "GroupedRows", "PaddedRows"])
-def test_products(kind: str, counts: list[int], of_total: torch.dtype) -> None:
-    """Each against a loop in fp32; rows belong to tokens in reversed order."""
+def test_products(kind: str, counts: list[int], of_total: torch.dtype, is_sorted: bool) -> None:
+    """Each against a loop in fp32, of tokens in the order of the experts, or of one token each in reversed order."""
     generator = torch.Generator().manual_seed(0)
     inputs, outputs = (torch.randn(sum(counts), n, generator=generator).bfloat16() for n in (16, 24))
     matrices = torch.randn(len(counts), 24, 16, generator=generator).bfloat16()
-    rows = expert_rows_of(kind, counts, torch.arange(sum(counts)).flip(0))
-    assert torch.cat([torch.arange(rows.num_rows)[part.rows] for part in rows.parts]).tolist() == [
-        *range(rows.num_rows)
-    ]
-    found = rows.new_sums(outputs)
+    order = torch.arange(sum(counts))
+    order = order if is_sorted else order.flip(0)
+    rows = expert_rows_of(kind, counts, None if is_sorted else order)
     is_token = rows.of_gates(torch.ones(sum(counts))).bfloat16()
+    found = rows.new_sums(outputs)
     total = torch.full(matrices.shape, torch.nan, dtype=of_total)
     for is_stale in (True, False):
         for part in rows.parts:
-            ours = rows.of_tokens(inputs.flip(0), part) * is_token[part.rows]
-            rows.add_to_tokens(found, rows.multiply(ours, matrices.mT, part), part)
-            of_outputs = rows.of_tokens(outputs.flip(0), part)
+            ours = rows.of_tokens(inputs[order], part) * is_token[part.rows]
+            of_outputs = rows.of_tokens(outputs[order], part)
             rows.add_weight_gradient(total, of_outputs, ours, part, is_stale=is_stale)
+            if is_stale:
+                rows.add_to_tokens(found, rows.multiply(ours, matrices.mT, part), part)
 
     parts = [part.split(counts) for part in (inputs.float(), outputs.float())]
     expected = torch.cat([part @ matrix.float().T for part, matrix in zip(parts[0], matrices, strict=True)])
-    torch.testing.assert_close(found.flip(0), 2 * expected, rtol=1e-2, atol=2e-2)
+    torch.testing.assert_close(found[order].float(), expected, rtol=1e-2, atol=1e-2)
     gradient = torch.stack([out.T @ part for part, out in zip(*parts, strict=True)])
     torch.testing.assert_close(total.float(), 2 * gradient, rtol=2e-2, atol=0.2)
     assert rows.to_gates(rows.of_gates(inputs[:, 0].float())[:, 0]).tolist() == inputs[:, 0].tolist()
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "kind"),
+    ("device", "dtype", "width", "kind"),
     [
-        ("cpu", torch.float32, "SingleRows"),
-        ("cpu", torch.bfloat16, "PaddedRows"),
-        ("cuda", torch.float32, "SingleRows"),
-        ("cuda", torch.bfloat16, "GroupedRows"),
+        ("cpu", torch.float32, 8, "SingleRows"),
+        ("cpu", torch.bfloat16, 8, "PaddedRows"),
+        ("cuda", torch.float32, 8, "SingleRows"),
+        ("cuda", torch.bfloat16, 8, "GroupedRows"),
+        ("cuda", torch.bfloat16, 428, "PaddedRows"),  # of deepseekmoe_2b on two tensor-parallel ranks
     ],
 )
-def test_which_rows(device: str, dtype: torch.dtype, kind: str) -> None:
+def test_which_rows(device: str, dtype: torch.dtype, width: int, kind: str) -> None:
     from megatron_moe.model.expert_products import expert_rows
 
     tokens = mock.MagicMock(is_cuda=device == "cuda", device=torch.device("cpu"), dtype=dtype, shape=(5, 8))
     tokens.__len__.return_value = 5
-    assert type(expert_rows(tokens, torch.tensor([2, 3]))).__name__ == kind
+    assert type(expert_rows(tokens, width, torch.tensor([2, 3]))).__name__ == kind

@@ -202,7 +202,7 @@ def compare(size: str, measured: dict[tuple[str, str], dict[str, float]]) -> lis
         spread = f"{found['fastest']:.3g} to {found['slowest']:.3g}"
         row = {"what": f"step of {size}, {precision}, {contender}", "figure": found["median"], "unit": "s"}
         row["beside"] = f"{spread}; {speed:,.0f} tokens/s; {found['gib']:.2f} GiB; {share:.0%} of a product"
-        if ours := measured.get((CONTENDER, precision)):  # else it was killed
-            row["ratio"] = found["median"] / ours["median"]
+        if beside := measured.get((CONTENDER, precision)):  # else it was killed
+            row["ratio"] = found["median"] / beside["median"]
         rows.append({**row, **found})
     return rows

@@ -33,7 +33,7 @@ def test_it_switches_everything_or_nothing() -> None:
 
 
 def test_no_number_changes() -> None:
-    """But for the order in which tensor-parallel embeddings add up their gradients (mcore, tensor_parallel/layers.py)."""
+    """But for the order in which tensor-parallel embeddings add up gradients (mcore, tensor_parallel/layers.py)."""
 
     def numbers(*overrides: str) -> list:
         ranks = run_ranks(train_tiny, 2, ["parallel=tp2_ep2", *overrides], 5)

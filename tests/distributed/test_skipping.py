@@ -81,9 +81,11 @@ def bad_expert(run: Any, value: float) -> Iterator[None]:
     broken: dict[int, torch.Tensor] = {}
 
     def break_one(_: Any, arguments: tuple) -> None:
-        index = int(arguments[1].argmax())
+        routing = arguments[1]
+        counts = routing if routing.dim() == 1 else routing.sum(0)
+        index = int(counts.argmax())
         weight = experts.weight1.data[index, 0, :1]
-        if arguments[1][index] > 0 and index not in broken:
+        if counts[index] > 0 and index not in broken:
             broken[index] = weight.clone()
             weight.fill_(value)
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 from torch.nn import Parameter
 
-from megatron_moe.model.expert_products import ExpertRows, Part, expert_rows
+from megatron_moe.model.expert_rows import ExpertRows, Part, expert_rows
 
 
 class GroupedExperts(MegatronModule):
     """The local experts of a layer, without bias, in place of megatron-core's `SequentialMLP`.
 
-    How the products of experts with different numbers of tokens are computed is up to model/expert_products.py.
+    How the products of experts with different numbers of tokens are computed is up to model/expert_rows.py.
     Gradients of weights are added to `main_grad` where the data-parallel wrapper has made one, as in megatron-core's
     fused accumulation (0.16.1, tensor_parallel/layers.py:560).
 
@@ -107,12 +107,12 @@ class _Experts(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, tokens: Tensor, gates: Tensor, rows: ExpertRows, weight1: Parameter, weight2: Parameter
     ) -> Tensor:
-        hidden, output, gate_of_row = [], rows.new_sums(tokens), rows.of_gates(gates)
+        hidden, output, gate_of_row = [], rows.new_sums(tokens), rows.gather_gates(gates)
         for part in rows.parts:
-            hidden.append(rows.multiply(rows.of_tokens(tokens, part), weight1.mT, part))
+            hidden.append(rows.multiply(rows.gather(tokens, part), weight1.mT, part))
             gate, up = hidden[-1].chunk(2, dim=-1)
             gated = (F.silu(gate).mul_(up) * gate_of_row[part.rows]).to(tokens.dtype)
-            rows.add_to_tokens(output, rows.multiply(gated, weight2.mT, part), part)
+            rows.scatter_add(output, rows.multiply(gated, weight2.mT, part), part)
         ctx.save_for_backward(tokens, gates, *hidden)
         ctx.rows, ctx.weights = rows, (weight1, weight2)
         return output.to(tokens.dtype)
@@ -122,10 +122,10 @@ class _Experts(torch.autograd.Function):
         tokens, gates, *hidden = ctx.saved_tensors
         rows, (weight1, weight2) = ctx.rows, ctx.weights
         of_weights = [_WeightGradient(rows, weight) for weight in (weight1, weight2)]
-        of_tokens, gate_of_row = rows.new_sums(tokens), rows.of_gates(gates)
+        of_tokens, gate_of_row = rows.new_sums(tokens), rows.gather_gates(gates)
         of_gates = torch.empty_like(gate_of_row)
         for part, of_part in zip(rows.parts, hidden, strict=True):
-            of_output, gate_values = rows.of_tokens(gradient, part), gate_of_row[part.rows]
+            of_output, gate_values = rows.gather(gradient, part), gate_of_row[part.rows]
             gate, up = of_part.chunk(2, dim=-1)
             activated = F.silu(gate)
             swiglu = activated * up
@@ -137,10 +137,10 @@ class _Experts(torch.autograd.Function):
             of_gate, of_up = of_hidden.chunk(2, dim=-1)
             torch.mul(of_swiglu, activated, out=of_up)
             torch.ops.aten.silu_backward(of_swiglu.mul_(up), gate, grad_input=of_gate)
-            of_weights[0].add(of_hidden, rows.of_tokens(tokens, part), part)
-            rows.add_to_tokens(of_tokens, rows.multiply(of_hidden, weight1, part), part)
+            of_weights[0].add(of_hidden, rows.gather(tokens, part), part)
+            rows.scatter_add(of_tokens, rows.multiply(of_hidden, weight1, part), part)
         returned = (of_weight.finish() for of_weight in of_weights)
-        return of_tokens.to(tokens.dtype), rows.to_gates(of_gates[:, 0]), None, *returned
+        return of_tokens.to(tokens.dtype), rows.scatter_gates(of_gates[:, 0]), None, *returned
 
 
 class _WeightGradient:

@@ -208,35 +208,35 @@ def test_who_dispatches(options: list[str], ranks: int, dispatcher: str) -> None
 
 @given(counts=st.lists(st.integers(0, 200), min_size=1, max_size=20))
 def test_places_of_padded_rows(counts: list[int]) -> None:
-    from megatron_moe.model.expert_products import GRID, PaddedRows
+    from megatron_moe.model.expert_rows import GRID, PaddedRows
 
     if not sum(counts):
         return
     rows = PaddedRows(torch.tensor(counts), None, 3, torch.device("cpu"))
-    assert rows.token[rows.place].tolist() == list(range(sum(counts)))
+    assert rows.token_index[rows.place].tolist() == list(range(sum(counts)))
     assert rows.is_token.sum() == sum(counts)
     is_first = [part.is_first for part in rows.parts]
     assert is_first == sorted(is_first, reverse=True)
     firsts = [part.experts for part in rows.parts if part.is_first]
     assert [e for part in firsts for e in range(*part.indices(len(counts)))] == list(range(len(counts)))
     assert [part.rows.start for part in rows.parts[1:]] == [part.rows.stop for part in rows.parts[:-1]]
-    assert rows.parts[-1].rows.stop == len(rows.token)
+    assert rows.parts[-1].rows.stop == len(rows.token_index)
     owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     for part in rows.parts:
         experts = torch.arange(len(counts))[part.experts]
         num_rows = (part.rows.stop - part.rows.start) // len(experts)
         assert num_rows in GRID
-        is_right = owner[rows.token[part.rows]] == experts.repeat_interleave(num_rows)
+        is_right = owner[rows.token_index[part.rows]] == experts.repeat_interleave(num_rows)
         is_idle = (torch.tensor(counts)[experts] == 0).repeat_interleave(num_rows)
         assert (is_right | is_idle).all()  # padding too
         assert not rows.is_token[part.rows][is_idle].any()
 
 
 def expert_rows_of(kind: str, counts: list[int], token: torch.Tensor | None) -> Any:
-    from megatron_moe.model import expert_products
+    from megatron_moe.model import expert_rows
 
     how = {"SingleRows": (4,), "GroupedRows": (), "PaddedRows": (4, torch.device("cpu"))}[kind]
-    return getattr(expert_products, kind)(torch.tensor(counts), token, *how)
+    return getattr(expert_rows, kind)(torch.tensor(counts), token, *how)
 
 
 NINE = [3, 0, 300, 5, 0, 0, 1, 2, 4]  # more than are computed at once
@@ -254,23 +254,23 @@ def test_products(kind: str, counts: list[int], of_total: torch.dtype, is_sorted
     order = torch.arange(sum(counts))
     order = order if is_sorted else order.flip(0)
     rows = expert_rows_of(kind, counts, None if is_sorted else order)
-    is_token = rows.of_gates(torch.ones(sum(counts))).bfloat16()
+    is_token = rows.gather_gates(torch.ones(sum(counts))).bfloat16()
     found = rows.new_sums(outputs)
     total = torch.full(matrices.shape, torch.nan, dtype=of_total)
     for is_stale in (True, False):
         for part in rows.parts:
-            ours = rows.of_tokens(inputs[order], part) * is_token[part.rows]
-            of_outputs = rows.of_tokens(outputs[order], part)
+            ours = rows.gather(inputs[order], part) * is_token[part.rows]
+            of_outputs = rows.gather(outputs[order], part)
             rows.add_weight_gradient(total, of_outputs, ours, part, is_stale=is_stale)
             if is_stale:
-                rows.add_to_tokens(found, rows.multiply(ours, matrices.mT, part), part)
+                rows.scatter_add(found, rows.multiply(ours, matrices.mT, part), part)
 
     parts = [part.split(counts) for part in (inputs.float(), outputs.float())]
     expected = torch.cat([part @ matrix.float().T for part, matrix in zip(parts[0], matrices, strict=True)])
     torch.testing.assert_close(found[order].float(), expected, rtol=1e-2, atol=1e-2)
     gradient = torch.stack([out.T @ part for part, out in zip(*parts, strict=True)])
     torch.testing.assert_close(total.float(), 2 * gradient, rtol=2e-2, atol=0.2)
-    assert rows.to_gates(rows.of_gates(inputs[:, 0].float())[:, 0]).tolist() == inputs[:, 0].tolist()
+    assert rows.scatter_gates(rows.gather_gates(inputs[:, 0].float())[:, 0]).tolist() == inputs[:, 0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_products(kind: str, counts: list[int], of_total: torch.dtype, is_sorted
     ],
 )
 def test_which_rows(device: str, dtype: torch.dtype, width: int, kind: str) -> None:
-    from megatron_moe.model.expert_products import expert_rows
+    from megatron_moe.model.expert_rows import expert_rows
 
     tokens = mock.MagicMock(is_cuda=device == "cuda", device=torch.device("cpu"), dtype=dtype, shape=(5, 8))
     tokens.__len__.return_value = 5

@@ -36,34 +36,34 @@ class ExpertRows:
 
     Attributes:
         parts: that are computed one after the other.
-        token: [rows], the token of each; None: the tokens are the rows.
+        token_index: [rows], the token of each; None: the tokens are the rows.
     """
 
     parts: list[Part]
 
-    def __init__(self, token: Tensor | None) -> None:
-        self.token = token
+    def __init__(self, token_index: Tensor | None) -> None:
+        self.token_index = token_index
 
-    def of_tokens(self, values: Tensor, part: Part) -> Tensor:
+    def gather(self, values: Tensor, part: Part) -> Tensor:
         """A part's rows of [tokens, ...]."""
-        return values[part.rows] if self.token is None else values.index_select(0, self.token[part.rows])
+        return values[part.rows] if self.token_index is None else values.index_select(0, self.token_index[part.rows])
 
     def new_sums(self, tokens: Tensor) -> Tensor:
-        """Where `add_to_tokens` adds: [tokens, h], in float32 where it adds several rows."""
-        return torch.empty_like(tokens) if self.token is None else torch.zeros_like(tokens, dtype=torch.float32)
+        """Where `scatter_add` adds: [tokens, h], in float32 where it adds several rows."""
+        return torch.empty_like(tokens) if self.token_index is None else torch.zeros_like(tokens, dtype=torch.float32)
 
-    def add_to_tokens(self, sums: Tensor, values: Tensor, part: Part) -> None:
+    def scatter_add(self, sums: Tensor, values: Tensor, part: Part) -> None:
         """Add a part's rows to the sums of their tokens."""
-        if self.token is None:
+        if self.token_index is None:
             sums[part.rows] = values
         else:
-            sums.index_add_(0, self.token[part.rows], values.to(sums.dtype))
+            sums.index_add_(0, self.token_index[part.rows], values.to(sums.dtype))
 
-    def of_gates(self, gates: Tensor) -> Tensor:
+    def gather_gates(self, gates: Tensor) -> Tensor:
         """[rows, 1] of gate values [n]."""
         return gates[:, None]
 
-    def to_gates(self, values: Tensor) -> Tensor:
+    def scatter_gates(self, values: Tensor) -> Tensor:
         """[n] of [rows]."""
         return values
 
@@ -187,19 +187,19 @@ class PaddedRows(ExpertRows):
         """See `ExpertRows`."""
         return torch.empty_like(tokens) if self._is_sorted else super().new_sums(tokens)
 
-    def add_to_tokens(self, sums: Tensor, values: Tensor, part: Part) -> None:
+    def scatter_add(self, sums: Tensor, values: Tensor, part: Part) -> None:
         """See `ExpertRows`."""
         if not self._is_sorted:
-            super().add_to_tokens(sums, values, part)
+            super().scatter_add(sums, values, part)
             return
         is_token = self.is_token[part.rows]
         sums[self._source[part.rows][is_token]] = values[is_token]
 
-    def of_gates(self, gates: Tensor) -> Tensor:
+    def gather_gates(self, gates: Tensor) -> Tensor:
         """See `ExpertRows`; 0 for padding, so that nothing comes of it."""
         return gates.index_select(0, self._source).mul_(self.is_token)[:, None]
 
-    def to_gates(self, values: Tensor) -> Tensor:
+    def scatter_gates(self, values: Tensor) -> Tensor:
         """See `ExpertRows`."""
         return values.index_select(0, self.place)
 
